@@ -1,0 +1,5 @@
+//! The IOVA bitmap.
+
+/// Which pages of a range of I/O virtual addresses were written.
+#[derive(Debug)]
+pub struct IovaBitmap {}

@@ -1,0 +1,14 @@
+//! Live migration: the IOVA bitmap, dirty tracking, the wire protocol and the engine.
+//!
+//! This crate knows no device, no KVM and no VMM. It sees guest memory, a list of
+//! [`DirtySource`]s that say which pages were written, and lists of [`StateSource`]s and
+//! [`StateSink`]s whose state moves; the VMM supplies them.
+
+pub mod addr;
+pub mod iova_bitmap;
+pub mod source;
+pub mod state;
+
+pub use addr::{Gpa, Iova, IovaRange, PageSize};
+pub use source::{DirtyError, DirtySource, Precision};
+pub use state::{Pause, PrecopyRead, SaveRestore, StateError, StateSink, StateSize, StateSource};
