@@ -1,1 +1,7 @@
-//! Placeholder, replaced by its first real content.
+//! The Ferry virtual machine monitor.
+//!
+//! - [`config`]: what a VM is made of, from JSON or the command line.
+//! - [`api`]: what can be asked of the VMM, and the REST server that asks it.
+
+pub mod api;
+pub mod config;

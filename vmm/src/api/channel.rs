@@ -1,0 +1,160 @@
+//! The channel between those who ask (the API thread, the start-up code) and the control loop.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
+
+use thiserror::Error;
+use tokio::sync::oneshot;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::error::{ApiError, ApiStatus};
+use super::request::{ApiReply, ApiRequest};
+
+/// Requests that may wait for the control loop; more are refused with 429.
+const QUEUE_DEPTH: usize = 64;
+
+type Message = (ApiRequest, Responder);
+
+/// Why a request could not be handed over.
+#[derive(Debug, Error)]
+pub enum ApiSendError {
+    /// The control loop has too much to do.
+    #[error("{QUEUE_DEPTH} requests are waiting already; try again later")]
+    Full,
+    /// The control loop is gone.
+    #[error("the VMM is shutting down")]
+    Closed,
+    /// The control loop could not be woken.
+    #[error("the VMM could not be woken")]
+    Wake(#[source] io::Error),
+}
+
+impl From<ApiSendError> for ApiError {
+    fn from(error: ApiSendError) -> Self {
+        let status = match error {
+            ApiSendError::Full => ApiStatus::TooManyRequests,
+            ApiSendError::Closed | ApiSendError::Wake(_) => ApiStatus::Internal,
+        };
+        Self::new(status, &error)
+    }
+}
+
+/// A new channel: the asking end, which may be cloned, and the control loop's end.
+///
+/// # Errors
+/// The operating system's, if there is no eventfd to be had.
+pub fn channel() -> io::Result<(ApiHandle, ApiInbox)> {
+    let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+    let (sender, receiver) = mpsc::sync_channel(QUEUE_DEPTH);
+    let handle = ApiHandle {
+        sender,
+        event: Arc::clone(&event),
+    };
+    Ok((handle, ApiInbox { receiver, event }))
+}
+
+/// Hands requests to the control loop. Never blocks.
+#[derive(Clone, Debug)]
+pub struct ApiHandle {
+    sender: SyncSender<Message>,
+    event: Arc<EventFd>,
+}
+
+impl ApiHandle {
+    /// Hands `request` over and wakes the control loop; the answer comes out of the receiver.
+    ///
+    /// # Errors
+    /// [`ApiSendError`] if the control loop is busy, gone or cannot be woken.
+    pub fn send(&self, request: ApiRequest) -> Result<ApiReceiver, ApiSendError> {
+        let (responder, receiver) = Responder::new();
+        match self.sender.try_send((request, responder)) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_)) => return Err(ApiSendError::Full),
+            Err(TrySendError::Disconnected(_)) => return Err(ApiSendError::Closed),
+        }
+        self.event.write(1).map_err(ApiSendError::Wake)?;
+        Ok(receiver)
+    }
+}
+
+/// The control loop's end.
+#[derive(Debug)]
+pub struct ApiInbox {
+    receiver: Receiver<Message>,
+    event: Arc<EventFd>,
+}
+
+impl ApiInbox {
+    /// Readable while requests may be waiting. To be watched; [`ApiInbox::take`] reads it.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// The next waiting request, `None` when there is none. To be called until it says `None`
+    /// each time [`ApiInbox::event`] is readable.
+    pub fn take(&self) -> Option<(ApiRequest, Responder)> {
+        // Drain the event first: a request sent after the queue was found empty then wakes again.
+        // The eventfd is non-blocking, and "nothing there" is no news.
+        let _ = self.event.read();
+        self.receiver.try_recv().ok()
+    }
+}
+
+/// Takes the one answer to a request. Dropped unused, it answers with an internal error.
+#[derive(Debug)]
+pub struct Responder(oneshot::Sender<Result<ApiReply, ApiError>>);
+
+impl Responder {
+    /// A responder and where its answer comes out.
+    pub fn new() -> (Self, ApiReceiver) {
+        let (sender, receiver) = oneshot::channel();
+        (Self(sender), ApiReceiver(receiver))
+    }
+
+    /// Gives the answer. Never blocks; an asker who has left is no error.
+    pub fn respond(self, answer: Result<ApiReply, ApiError>) {
+        if self.0.send(answer).is_err() {
+            tracing::debug!("an API client left before its answer");
+        }
+    }
+}
+
+/// Where the answer to one request comes out.
+#[derive(Debug)]
+pub struct ApiReceiver(oneshot::Receiver<Result<ApiReply, ApiError>>);
+
+impl ApiReceiver {
+    /// Waits for the answer, in asynchronous code.
+    ///
+    /// # Errors
+    /// The control loop's, or an internal error if it dropped the request.
+    pub async fn answer(self) -> Result<ApiReply, ApiError> {
+        self.0.await.unwrap_or_else(|_| Err(dropped()))
+    }
+
+    /// Waits for the answer, blocking the thread. Not for the control loop's own thread, which
+    /// would wait for itself.
+    ///
+    /// # Errors
+    /// As [`ApiReceiver::answer`].
+    pub fn wait(self) -> Result<ApiReply, ApiError> {
+        self.0.blocking_recv().unwrap_or_else(|_| Err(dropped()))
+    }
+
+    /// The answer if it is there already.
+    pub fn try_answer(&mut self) -> Option<Result<ApiReply, ApiError>> {
+        match self.0.try_recv() {
+            Ok(answer) => Some(answer),
+            Err(oneshot::error::TryRecvError::Empty) => None,
+            Err(oneshot::error::TryRecvError::Closed) => Some(Err(dropped())),
+        }
+    }
+}
+
+fn dropped() -> ApiError {
+    ApiError::message(
+        ApiStatus::Internal,
+        "the VMM dropped the request without an answer",
+    )
+}

@@ -1,0 +1,283 @@
+//! What can be asked of the VMM, and what it answers. The JSON keys are Cloud Hypervisor's.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{ConfigError, ConsoleConfig, VmConfig, check_id, check_ifname};
+
+/// One request to the VMM's control loop. The comments name the endpoint and the answer.
+#[derive(Debug)]
+pub enum ApiRequest {
+    /// `GET vmm.ping`: [`ApiReply::Ping`].
+    VmmPing,
+    /// `PUT vmm.shutdown`: [`ApiReply::Empty`], then the process ends.
+    VmmShutdown,
+    /// `PUT vm.create` with a validated configuration: [`ApiReply::Empty`].
+    VmCreate(Box<VmConfig>),
+    /// `PUT vm.boot`: [`ApiReply::Empty`].
+    VmBoot,
+    /// `GET vm.info`: [`ApiReply::Info`].
+    VmInfo,
+    /// `GET vm.counters`: [`ApiReply::Counters`].
+    VmCounters,
+    /// `PUT vm.pause`: [`ApiReply::Empty`].
+    VmPause,
+    /// `PUT vm.resume`: [`ApiReply::Empty`].
+    VmResume,
+    /// `PUT vm.shutdown`: [`ApiReply::Empty`]; the VM may be booted again.
+    VmShutdown,
+    /// `PUT vm.delete`: [`ApiReply::Empty`].
+    VmDelete,
+    /// `PUT vm.send-migration`: [`ApiReply::Empty`] once it has started; the outcome is an event
+    /// and in `vm.migration`.
+    VmSendMigration(Box<SendMigrationConfig>),
+    /// `PUT vm.receive-migration`: [`ApiReply::Empty`] once ferry listens; the outcome is an event
+    /// and in `vm.migration`.
+    VmReceiveMigration(Box<ReceiveMigrationConfig>),
+    /// `GET vm.migration`: [`ApiReply::Migration`].
+    VmMigration,
+    /// `PUT vm.cancel-migration`: [`ApiReply::Empty`] once the cancellation is on its way.
+    VmCancelMigration,
+    /// `GET vm.metrics`: [`ApiReply::Metrics`].
+    VmMetrics,
+}
+
+impl ApiRequest {
+    /// The endpoint's name.
+    pub fn endpoint(&self) -> &'static str {
+        match self {
+            Self::VmmPing => "vmm.ping",
+            Self::VmmShutdown => "vmm.shutdown",
+            Self::VmCreate(_) => "vm.create",
+            Self::VmBoot => "vm.boot",
+            Self::VmInfo => "vm.info",
+            Self::VmCounters => "vm.counters",
+            Self::VmPause => "vm.pause",
+            Self::VmResume => "vm.resume",
+            Self::VmShutdown => "vm.shutdown",
+            Self::VmDelete => "vm.delete",
+            Self::VmSendMigration(_) => "vm.send-migration",
+            Self::VmReceiveMigration(_) => "vm.receive-migration",
+            Self::VmMigration => "vm.migration",
+            Self::VmCancelMigration => "vm.cancel-migration",
+            Self::VmMetrics => "vm.metrics",
+        }
+    }
+}
+
+/// What the control loop answers when all went well.
+#[derive(Debug)]
+pub enum ApiReply {
+    /// Done, nothing to say (204).
+    Empty,
+    /// Who is there.
+    Ping(VmmPing),
+    /// The VM.
+    Info(Box<VmInfo>),
+    /// The devices' counters.
+    Counters(Counters),
+    /// The migration that is running or ran last.
+    Migration(Box<serde_json::Value>),
+    /// Metrics as Prometheus text.
+    Metrics(String),
+}
+
+/// Counters by device id, then by counter name.
+pub type Counters = BTreeMap<String, BTreeMap<String, u64>>;
+
+/// The answer to `vmm.ping`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmmPing {
+    /// The version with its build, for people.
+    pub build_version: String,
+    /// The version, `major.minor.patch`.
+    pub version: String,
+    /// The process.
+    pub pid: u32,
+    /// Optional features compiled in.
+    pub features: Vec<String>,
+}
+
+/// What a VM is doing, in the words of Cloud Hypervisor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmState {
+    /// Configured, not booted.
+    Created,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs and devices stand still.
+    Paused,
+    /// It was running and is switched off.
+    Shutdown,
+}
+
+/// The answer to `vm.info`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// The configuration, with what validation filled in.
+    pub config: VmConfig,
+    /// What the VM is doing.
+    pub state: VmState,
+    /// Guest RAM in bytes.
+    pub memory_actual_size: u64,
+    /// Facts about each device by its id: what serves it and why, ptys, backends.
+    #[serde(default)]
+    pub devices: BTreeMap<String, BTreeMap<String, String>>,
+}
+
+/// What happens to a migration that does not converge within its time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TimeoutStrategy {
+    /// The migration is given up; the VM runs on at the source.
+    #[default]
+    Cancel,
+    /// The VM is switched over whatever the downtime will be.
+    Ignore,
+}
+
+/// The body of `vm.send-migration`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SendMigrationConfig {
+    /// Where the receiver listens: `unix:PATH` or `tcp:HOST:PORT`.
+    pub destination_url: String,
+    /// The longest the guest shall stand still, in milliseconds.
+    #[serde(default = "default_downtime_ms")]
+    pub downtime_ms: u64,
+    /// The longest memory may be copied before the strategy decides, in seconds.
+    #[serde(default = "default_timeout_s")]
+    pub timeout_s: u64,
+    /// What then.
+    #[serde(default)]
+    pub timeout_strategy: TimeoutStrategy,
+    /// The most to send while the guest runs, in bytes per second; no limit if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_bandwidth: Option<u64>,
+}
+
+fn default_downtime_ms() -> u64 {
+    300
+}
+
+fn default_timeout_s() -> u64 {
+    3600
+}
+
+impl SendMigrationConfig {
+    /// A migration to `destination_url` with Cloud Hypervisor's defaults.
+    pub fn new(destination_url: impl Into<String>) -> Self {
+        Self {
+            destination_url: destination_url.into(),
+            downtime_ms: default_downtime_ms(),
+            timeout_s: default_timeout_s(),
+            timeout_strategy: TimeoutStrategy::default(),
+            max_bandwidth: None,
+        }
+    }
+}
+
+/// The body of `vm.receive-migration`: where to listen, and which of the devices' host resources
+/// are called differently here than at the source.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReceiveMigrationConfig {
+    /// Where to listen: `unix:PATH` or `tcp:HOST:PORT`.
+    pub receiver_url: String,
+    /// Taps of virtio-net devices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub net: Vec<ReceiveNetConfig>,
+    /// Servers of passthrough devices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub user_devices: Vec<ReceiveUserDeviceConfig>,
+    /// The serial port, instead of the source's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<ConsoleConfig>,
+    /// The virtio console, instead of the source's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsoleConfig>,
+}
+
+/// The tap a virtio-net device has on the receiving host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReceiveNetConfig {
+    /// The device.
+    pub id: String,
+    /// Its tap here.
+    pub tap: String,
+}
+
+/// The server a passthrough device has on the receiving host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReceiveUserDeviceConfig {
+    /// The device.
+    pub id: String,
+    /// Its server's socket here.
+    pub socket: PathBuf,
+}
+
+impl ReceiveMigrationConfig {
+    /// A receiver on `receiver_url` that takes everything else as the source has it.
+    pub fn new(receiver_url: impl Into<String>) -> Self {
+        Self {
+            receiver_url: receiver_url.into(),
+            ..Self::default()
+        }
+    }
+
+    /// Checks names and ids, and that no device is named twice.
+    ///
+    /// # Errors
+    /// What is wrong first, with the remedy.
+    pub fn validate(self) -> Result<Self, ConfigError> {
+        let mut seen = HashSet::new();
+        for net in &self.net {
+            check_id(&net.id)?;
+            check_ifname(&net.id, &net.tap)?;
+        }
+        let devices = self.user_devices.iter().map(|device| &device.id);
+        for id in self.net.iter().map(|net| &net.id).chain(devices) {
+            check_id(id)?;
+            if !seen.insert(id) {
+                return Err(ConfigError::RepeatedId { id: id.clone() });
+            }
+        }
+        Ok(self)
+    }
+
+    /// Replaces the host resources in `config`, the source's configuration, by those named here.
+    ///
+    /// # Errors
+    /// [`ConfigError::UnknownDevice`] if a named device is not in `config`.
+    pub fn apply_to(&self, config: &mut VmConfig) -> Result<(), ConfigError> {
+        for here in &self.net {
+            let net = config.net.iter_mut().find(|net| net.id == here.id);
+            let net = net.ok_or_else(|| unknown(&here.id))?;
+            net.tap = Some(here.tap.clone());
+            net.fds.clear();
+        }
+        for here in &self.user_devices {
+            let mut devices = config.user_devices.iter_mut();
+            let device = devices.find(|device| device.id == here.id);
+            device
+                .ok_or_else(|| unknown(&here.id))?
+                .socket
+                .clone_from(&here.socket);
+        }
+        if let Some(serial) = &self.serial {
+            config.serial = serial.clone();
+        }
+        if let Some(console) = &self.console {
+            config.console = console.clone();
+        }
+        Ok(())
+    }
+}
+
+fn unknown(id: &str) -> ConfigError {
+    ConfigError::UnknownDevice { id: id.to_owned() }
+}

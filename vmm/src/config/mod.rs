@@ -1,0 +1,187 @@
+//! What a VM is made of, as JSON (`vm.create`) and as command-line options.
+//!
+//! Both forms use Cloud Hypervisor's names and mean the same: each part parses from an option
+//! string ([`std::str::FromStr`]) and prints one ([`std::fmt::Display`]), and each is a serde type
+//! that refuses unknown keys. Parsing checks the form; [`VmConfig::validate`] then checks the sense
+//! and fills in what was left open (device ids, MAC addresses). The VM is built from a validated
+//! configuration only.
+
+mod console;
+mod error;
+mod machine;
+mod net;
+mod option;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+pub use console::ConsoleConfig;
+pub use error::ConfigError;
+pub use machine::{
+    CpusConfig, MAX_CMDLINE_BYTES, MAX_VCPUS, MemoryConfig, PayloadConfig, RngConfig,
+};
+pub(crate) use net::check_ifname;
+pub use net::{MAX_NET_QUEUES, MAX_QUEUE_SIZE, MacAddress, NetConfig, UserDeviceConfig};
+pub use option::{format_size, parse_size};
+
+/// The longest device id, in bytes.
+pub const MAX_ID_BYTES: usize = 63;
+/// Slots for configured devices on the one PCI bus: 32, less host bridge, console and rng.
+pub const MAX_CONFIGURED_DEVICES: usize = 29;
+
+/// A whole VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Virtual CPUs.
+    #[serde(default)]
+    pub cpus: CpusConfig,
+    /// Guest RAM.
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    /// What is booted.
+    pub payload: PayloadConfig,
+    /// virtio-net devices.
+    #[serde(default)]
+    pub net: Vec<NetConfig>,
+    /// The entropy source.
+    #[serde(default)]
+    pub rng: RngConfig,
+    /// The serial port.
+    #[serde(default = "default_serial")]
+    pub serial: ConsoleConfig,
+    /// The virtio console.
+    #[serde(default = "default_console")]
+    pub console: ConsoleConfig,
+    /// Passthrough devices over vfio-user.
+    #[serde(default)]
+    pub user_devices: Vec<UserDeviceConfig>,
+}
+
+/// The serial port if none is configured, as Cloud Hypervisor has it.
+pub fn default_serial() -> ConsoleConfig {
+    ConsoleConfig::Null
+}
+
+/// The virtio console if none is configured, as Cloud Hypervisor has it.
+pub fn default_console() -> ConsoleConfig {
+    ConsoleConfig::Tty
+}
+
+impl VmConfig {
+    /// Checks that the parts make sense, alone and together, and fills in the ids and MAC addresses
+    /// that were left open. Idempotent: a validated configuration comes back unchanged.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, naming the option and the remedy.
+    pub fn validate(mut self) -> Result<Self, ConfigError> {
+        self.name_devices()?;
+        self.cpus.validate()?;
+        self.memory.validate()?;
+        self.payload.validate()?;
+        self.rng.validate()?;
+        self.validate_consoles()?;
+        for net in &mut self.net {
+            net.validate()?;
+            net.mac.get_or_insert_with(MacAddress::random_local);
+        }
+        for device in &self.user_devices {
+            device.validate()?;
+            if !self.memory.shared {
+                return Err(ConfigError::PrivateMemory {
+                    id: device.id.clone(),
+                });
+            }
+        }
+        self.check_shared_paths()?;
+        Ok(self)
+    }
+
+    /// The ids of all configured devices, in the order they are put on the PCI bus.
+    pub fn device_ids(&self) -> impl Iterator<Item = &str> {
+        let nets = self.net.iter().map(|net| net.id.as_str());
+        nets.chain(self.user_devices.iter().map(|device| device.id.as_str()))
+    }
+
+    fn name_devices(&mut self) -> Result<(), ConfigError> {
+        let count = self.device_ids().count();
+        if count > MAX_CONFIGURED_DEVICES {
+            return Err(ConfigError::TooManyDevices {
+                count,
+                limit: MAX_CONFIGURED_DEVICES,
+            });
+        }
+        let mut taken = HashSet::new();
+        for id in self.device_ids().filter(|id| !id.is_empty()) {
+            check_id(id)?;
+            if !taken.insert(id.to_owned()) {
+                return Err(ConfigError::RepeatedId { id: id.to_owned() });
+            }
+        }
+        let nets = self.net.iter_mut().map(|net| &mut net.id);
+        fill_ids("_net", nets, &mut taken);
+        let devices = self.user_devices.iter_mut().map(|device| &mut device.id);
+        fill_ids("_user", devices, &mut taken);
+        Ok(())
+    }
+
+    fn validate_consoles(&self) -> Result<(), ConfigError> {
+        self.serial.validate("--serial (serial)")?;
+        self.console.validate("--console (console)")?;
+        match (&self.serial, &self.console) {
+            (ConsoleConfig::Tty, ConsoleConfig::Tty) => Err(ConfigError::TwoTtys),
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses one path for two uses, where the second would silently take it from the first.
+    fn check_shared_paths(&self) -> Result<(), ConfigError> {
+        let consoles = [self.serial.path(), self.console.path()];
+        let sockets = self
+            .user_devices
+            .iter()
+            .map(|device| device.socket.as_path());
+        let mut seen: HashSet<&Path> = HashSet::new();
+        for path in consoles.into_iter().flatten().chain(sockets) {
+            // Output to /dev/null and the like may be shared.
+            if !path.starts_with("/dev") && !seen.insert(path) {
+                return Err(ConfigError::PathTwice {
+                    path: path.to_owned(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Checks that `id` can stand in a URL, a log line and an option string.
+pub(crate) fn check_id(id: &str) -> Result<(), ConfigError> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.');
+    if (1..=MAX_ID_BYTES).contains(&id.len()) && id.bytes().all(plain) {
+        return Ok(());
+    }
+    Err(ConfigError::DeviceId {
+        id: id.to_owned(),
+        limit: MAX_ID_BYTES,
+    })
+}
+
+/// Gives each empty id the first free of `prefix0`, `prefix1`, …
+fn fill_ids<'a>(
+    prefix: &str,
+    ids: impl Iterator<Item = &'a mut String>,
+    taken: &mut HashSet<String>,
+) {
+    let mut free = (0u32..).map(|number| format!("{prefix}{number}"));
+    for id in ids.filter(|id| id.is_empty()) {
+        if let Some(name) = free.find(|name| !taken.contains(name)) {
+            taken.insert(name.clone());
+            *id = name;
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! Network devices: virtio-net on a tap, and passthrough devices over vfio-user.
+
+use std::collections::hash_map::RandomState;
+use std::fmt;
+use std::hash::BuildHasher;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::error::ConfigError;
+use super::option::{OptionString, quote};
+
+/// The most virtqueues of one NIC, receive and transmit together (a tap has at most 256 queues).
+pub const MAX_NET_QUEUES: u16 = 512;
+/// The longest virtqueue. Virtio allows 32768; 1024 is what a tap's batch can use.
+pub const MAX_QUEUE_SIZE: u16 = 1024;
+/// `ETH_MIN_MTU` of Linux, which virtio-net's `mtu` field also starts at.
+const MIN_MTU: u16 = 68;
+/// `ETH_MAX_MTU` of Linux.
+const MAX_MTU: u16 = 65535;
+/// `IFNAMSIZ` less the NUL.
+const MAX_IFNAME_BYTES: usize = 15;
+
+/// The address of a network card, written `aa:bb:cc:dd:ee:ff`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct MacAddress(pub [u8; 6]);
+
+impl MacAddress {
+    /// An address drawn at random from the locally administered ones.
+    pub fn random_local() -> Self {
+        // The standard library seeds each `RandomState` from the kernel's generator.
+        let [a, b, c, d, e, f, ..] = RandomState::new()
+            .hash_one(std::process::id())
+            .to_le_bytes();
+        // IEEE 802: bit 0 of the first byte is "group", bit 1 is "locally administered".
+        Self([(a & 0xfc) | 0x02, b, c, d, e, f])
+    }
+
+    /// Whether one station may have it: not a group address, not all zeroes.
+    pub fn is_station(&self) -> bool {
+        self.0[0] & 1 == 0 && self.0 != [0; 6]
+    }
+}
+
+impl FromStr for MacAddress {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let bad = || ConfigError::InvalidValue {
+            option: "--net",
+            key: "mac",
+            value: text.to_owned(),
+            expected: "an address such as 52:54:00:12:34:56",
+        };
+        let mut bytes = [0u8; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().ok_or_else(bad)?;
+            if part.len() != 2 || !part.bytes().all(|digit| digit.is_ascii_hexdigit()) {
+                return Err(bad());
+            }
+            *byte = u8::from_str_radix(part, 16).map_err(|_| bad())?;
+        }
+        match parts.next() {
+            None => Ok(Self(bytes)),
+            Some(_) => Err(bad()),
+        }
+    }
+}
+
+impl TryFrom<String> for MacAddress {
+    type Error = ConfigError;
+
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        text.parse()
+    }
+}
+
+impl From<MacAddress> for String {
+    fn from(mac: MacAddress) -> Self {
+        mac.to_string()
+    }
+}
+
+impl fmt::Display for MacAddress {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, f] = self.0;
+        write!(out, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
+    }
+}
+
+/// `--net`: one virtio-net device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// The device's name in the API and in a migration; `_netN` if left empty.
+    #[serde(default)]
+    pub id: String,
+    /// The tap interface; made if it does not exist.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// Open tap descriptors that ferry inherits, one per queue pair, instead of `tap`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fds: Vec<i32>,
+    /// The guest's address; [`VmConfig::validate`] draws one if not given.
+    ///
+    /// [`VmConfig::validate`]: super::VmConfig::validate
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddress>,
+    /// The MTU the device tells the guest, in bytes; not told if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// Virtqueues, receive and transmit together, without the control queue.
+    #[serde(default = "default_num_queues")]
+    pub num_queues: u16,
+    /// Descriptors per virtqueue.
+    #[serde(default = "default_queue_size")]
+    pub queue_size: u16,
+    /// Offer the guest the hash of each received packet (`VIRTIO_NET_F_HASH_REPORT`).
+    #[serde(default)]
+    pub hash_report: bool,
+}
+
+fn default_num_queues() -> u16 {
+    2
+}
+
+fn default_queue_size() -> u16 {
+    256
+}
+
+impl Default for NetConfig {
+    fn default() -> Self {
+        Self {
+            id: String::new(),
+            tap: None,
+            fds: Vec::new(),
+            mac: None,
+            mtu: None,
+            num_queues: default_num_queues(),
+            queue_size: default_queue_size(),
+            hash_report: false,
+        }
+    }
+}
+
+impl FromStr for NetConfig {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let allowed = &[
+            "id",
+            "tap",
+            "fd",
+            "mac",
+            "mtu",
+            "num_queues",
+            "queue_size",
+            "hash_report",
+        ];
+        let keys = OptionString::parse("--net", allowed, text)?;
+        Ok(Self {
+            id: keys.text("id")?.unwrap_or_default().to_owned(),
+            tap: keys.text("tap")?.map(str::to_owned),
+            fds: keys.list("fd")?.unwrap_or_default(),
+            mac: keys.text("mac")?.map(str::parse).transpose()?,
+            mtu: keys.number("mtu")?,
+            num_queues: keys
+                .number("num_queues")?
+                .unwrap_or_else(default_num_queues),
+            queue_size: keys
+                .number("queue_size")?
+                .unwrap_or_else(default_queue_size),
+            hash_report: keys.toggle("hash_report")?.unwrap_or(false),
+        })
+    }
+}
+
+impl fmt::Display for NetConfig {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(tap) = &self.tap {
+            write!(out, "tap={},", quote(tap))?;
+        }
+        if !self.fds.is_empty() {
+            let fds: Vec<String> = self.fds.iter().map(i32::to_string).collect();
+            write!(out, "fd=[{}],", fds.join(","))?;
+        }
+        if !self.id.is_empty() {
+            write!(out, "id={},", quote(&self.id))?;
+        }
+        if let Some(mac) = self.mac {
+            write!(out, "mac={mac},")?;
+        }
+        if let Some(mtu) = self.mtu {
+            write!(out, "mtu={mtu},")?;
+        }
+        write!(
+            out,
+            "num_queues={},queue_size={},hash_report={}",
+            self.num_queues,
+            self.queue_size,
+            if self.hash_report { "on" } else { "off" }
+        )
+    }
+}
+
+impl NetConfig {
+    /// Queue pairs: half of `num_queues`.
+    pub fn queue_pairs(&self) -> u16 {
+        self.num_queues / 2
+    }
+
+    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+        let id = || self.id.clone();
+        match (&self.tap, self.fds.is_empty()) {
+            (Some(name), true) => check_ifname(&self.id, name)?,
+            (None, false) => self.check_fds()?,
+            (Some(_), false) | (None, true) => return Err(ConfigError::NetBackend { id: id() }),
+        }
+        if self.num_queues == 0
+            || !self.num_queues.is_multiple_of(2)
+            || self.num_queues > MAX_NET_QUEUES
+        {
+            return Err(ConfigError::NetQueues {
+                id: id(),
+                queues: self.num_queues,
+                limit: MAX_NET_QUEUES,
+            });
+        }
+        let size = self.queue_size;
+        if !size.is_power_of_two() || !(2..=MAX_QUEUE_SIZE).contains(&size) {
+            return Err(ConfigError::NetQueueSize {
+                id: id(),
+                size,
+                limit: MAX_QUEUE_SIZE,
+            });
+        }
+        if let Some(mac) = self.mac.filter(|mac| !mac.is_station()) {
+            return Err(ConfigError::MacGroup {
+                id: id(),
+                mac: mac.to_string(),
+            });
+        }
+        match self.mtu {
+            Some(mtu) if mtu < MIN_MTU => Err(ConfigError::Mtu {
+                id: id(),
+                mtu,
+                min: MIN_MTU,
+                max: MAX_MTU,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_fds(&self) -> Result<(), ConfigError> {
+        // 0 to 2 are the standard streams.
+        if let Some(&fd) = self.fds.iter().find(|&&fd| fd <= 2) {
+            return Err(ConfigError::NetFdNumber {
+                id: self.id.clone(),
+                fd,
+            });
+        }
+        let pairs = usize::from(self.queue_pairs());
+        if self.fds.len() != pairs {
+            return Err(ConfigError::NetFds {
+                id: self.id.clone(),
+                fds: self.fds.len(),
+                pairs,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Checks what `dev_valid_name()` of Linux checks, and refuses `%`, which it expands.
+pub(crate) fn check_ifname(id: &str, name: &str) -> Result<(), ConfigError> {
+    let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%');
+    let good = (1..=MAX_IFNAME_BYTES).contains(&name.len())
+        && name != "."
+        && name != ".."
+        && name.bytes().all(plain);
+    if good {
+        return Ok(());
+    }
+    Err(ConfigError::TapName {
+        id: id.to_owned(),
+        name: name.to_owned(),
+    })
+}
+
+/// `--user-device`: one passthrough PCI device served by another process over vfio-user.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UserDeviceConfig {
+    /// The device's name in the API and in a migration; `_userN` if left empty.
+    #[serde(default)]
+    pub id: String,
+    /// The unix socket of the device's server.
+    pub socket: PathBuf,
+}
+
+impl FromStr for UserDeviceConfig {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let keys = OptionString::parse("--user-device", &["id", "socket"], text)?;
+        Ok(Self {
+            id: keys.text("id")?.unwrap_or_default().to_owned(),
+            socket: PathBuf::from(keys.required("socket")?),
+        })
+    }
+}
+
+impl fmt::Display for UserDeviceConfig {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "socket={}", quote(&self.socket.to_string_lossy()))?;
+        if self.id.is_empty() {
+            return Ok(());
+        }
+        write!(out, ",id={}", quote(&self.id))
+    }
+}
+
+impl UserDeviceConfig {
+    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+        if self.socket.as_os_str().is_empty() {
+            return Err(ConfigError::EmptyPath {
+                option: "--user-device (user_devices.socket)",
+            });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,417 @@
+use std::path::PathBuf;
+
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+
+use super::*;
+
+fn bootable() -> VmConfig {
+    serde_json::from_str(r#"{"payload": {"kernel": "/boot/vmlinux"}}"#).unwrap()
+}
+
+fn refusal(change: impl FnOnce(&mut VmConfig)) -> ConfigError {
+    let mut config = bootable();
+    change(&mut config);
+    config.validate().unwrap_err()
+}
+
+#[test]
+fn a_kernel_alone_is_a_vm_with_documented_defaults() {
+    let config = bootable().validate().unwrap();
+    assert_eq!(config.cpus.to_string(), "boot=1,max=1");
+    assert_eq!(
+        config.memory.to_string(),
+        "size=512M,shared=off,hugepages=off"
+    );
+    assert_eq!(config.serial, ConsoleConfig::Null);
+    assert_eq!(config.console, ConsoleConfig::Tty);
+    assert_eq!(config.rng.src, PathBuf::from("/dev/urandom"));
+    assert!(config.net.is_empty() && config.user_devices.is_empty());
+}
+
+#[test]
+fn unknown_keys_are_refused_by_name() {
+    let json = r#"{"payload": {"kernel": "k"}, "disks": []}"#;
+    let error = serde_json::from_str::<VmConfig>(json)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("unknown field `disks`"), "{error}");
+    let error = "size=1G,mergeable=on".parse::<MemoryConfig>().unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "--memory: unknown key `mergeable`; it takes size, shared, hugepages, hugepage_size"
+    );
+}
+
+#[test]
+fn option_strings_in_cloud_hypervisors_shapes() {
+    let memory: MemoryConfig = "size=1G,shared=on,hugepages=on,hugepage_size=2M"
+        .parse()
+        .unwrap();
+    assert_eq!(
+        memory,
+        MemoryConfig {
+            size: 1 << 30,
+            shared: true,
+            hugepages: true,
+            hugepage_size: Some(2 << 20)
+        }
+    );
+    let cpus: CpusConfig = "boot=2".parse().unwrap();
+    assert_eq!((cpus.boot_vcpus, cpus.max_vcpus), (2, 2));
+    let net: NetConfig =
+        "tap=tap0,mac=52:54:00:12:34:56,num_queues=4,queue_size=512,hash_report=on,mtu=9000,id=eth"
+            .parse()
+            .unwrap();
+    assert_eq!(net.tap.as_deref(), Some("tap0"));
+    assert_eq!(net.mac, Some(MacAddress([0x52, 0x54, 0, 0x12, 0x34, 0x56])));
+    assert_eq!((net.queue_pairs(), net.queue_size), (2, 512));
+    assert_eq!(
+        (net.hash_report, net.mtu, net.id.as_str()),
+        (true, Some(9000), "eth")
+    );
+    let net: NetConfig = "fd=[3,4],num_queues=4".parse().unwrap();
+    assert_eq!(net.fds, [3, 4]);
+    let device: UserDeviceConfig = "socket=\"/tmp/a,b\",id=nic".parse().unwrap();
+    assert_eq!(device.socket, PathBuf::from("/tmp/a,b"));
+    for (text, mode) in [
+        ("off", ConsoleConfig::Off),
+        ("null", ConsoleConfig::Null),
+        ("tty", ConsoleConfig::Tty),
+        ("pty", ConsoleConfig::Pty),
+        ("file=/tmp/log", ConsoleConfig::File("/tmp/log".into())),
+        ("socket=/tmp/s", ConsoleConfig::Socket("/tmp/s".into())),
+    ] {
+        assert_eq!(ConsoleConfig::parse("--serial", text).unwrap(), mode);
+    }
+}
+
+#[test]
+fn option_strings_that_are_wrong_say_where() {
+    for (text, part) in [
+        ("size", "`size` has no value"),
+        ("size=", "`size` has no value"),
+        ("size=1G,size=2G", "more than once"),
+        ("size=1X", "a size such as"),
+        ("size=99999999999999999999", "a size such as"),
+        ("size=17179869184G", "a size such as"),
+        ("shared=maybe", "on or off"),
+        ("size=\"1G", "do not pair up"),
+        (",", "unknown key ``"),
+    ] {
+        let error = text.parse::<MemoryConfig>().unwrap_err().to_string();
+        assert!(
+            error.contains(part) && error.contains("--memory"),
+            "{text}: {error}"
+        );
+    }
+    for text in ["", "off,tty", "file=a,socket=b", "loud", "tty=1", "file"] {
+        assert!(ConsoleConfig::parse("--serial", text).is_err(), "{text}");
+    }
+    for text in [
+        "1:2:3:4:5:6",
+        "52:54:00:12:34",
+        "52:54:00:12:34:56:78",
+        "+2:54:00:12:34:56",
+    ] {
+        assert!(text.parse::<MacAddress>().is_err(), "{text}");
+    }
+    let long = format!("src={}", "x".repeat(20_000));
+    assert!(matches!(
+        long.parse::<RngConfig>(),
+        Err(ConfigError::TooLong { .. })
+    ));
+}
+
+#[test]
+fn consoles_in_json_are_mode_and_path() {
+    let file = ConsoleConfig::File("/tmp/log".into());
+    let json = serde_json::to_string(&file).unwrap();
+    assert_eq!(json, r#"{"mode":"File","file":"/tmp/log"}"#);
+    assert_eq!(serde_json::from_str::<ConsoleConfig>(&json).unwrap(), file);
+    for (json, part) in [
+        (r#"{"mode":"File"}"#, "needs `file`"),
+        (r#"{"mode":"Socket","file":"x"}"#, "needs `socket`"),
+        (r#"{"mode":"Tty","file":"x"}"#, "takes no `file`"),
+        (
+            r#"{"mode":"File","file":"x","socket":"y"}"#,
+            "takes no `socket`",
+        ),
+    ] {
+        let error = serde_json::from_str::<ConsoleConfig>(json)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(part), "{json}: {error}");
+    }
+}
+
+#[test]
+fn ids_and_addresses_are_filled_in_and_stay() {
+    let mut config = bootable();
+    config.memory.shared = true;
+    let tap = |id: &str| NetConfig {
+        id: id.to_owned(),
+        tap: Some("tap0".to_owned()),
+        ..NetConfig::default()
+    };
+    config.net = vec![tap(""), tap("_net0"), tap("")];
+    config.user_devices = vec![UserDeviceConfig {
+        id: String::new(),
+        socket: "/tmp/nic".into(),
+    }];
+    let config = config.validate().unwrap();
+    let ids: Vec<&str> = config.device_ids().collect();
+    assert_eq!(ids, ["_net1", "_net0", "_net2", "_user0"]);
+    assert!(config.net.iter().all(|net| net.mac.unwrap().is_station()));
+    assert_eq!(config.clone().validate().unwrap(), config);
+}
+
+#[test]
+fn nonsense_is_refused_with_the_remedy() {
+    assert_eq!(refusal(|c| c.payload.kernel = None), ConfigError::NoKernel);
+    assert!(matches!(
+        refusal(|c| c.cpus.boot_vcpus = 0),
+        ConfigError::CpuCount { .. }
+    ));
+    assert!(matches!(
+        refusal(|c| c.cpus.max_vcpus = 2),
+        ConfigError::CpuHotplug { .. }
+    ));
+    assert!(matches!(
+        refusal(|c| c.memory.size = 0),
+        ConfigError::MemorySize { .. }
+    ));
+    assert!(matches!(
+        refusal(|c| c.memory.size = 4097),
+        ConfigError::MemorySize { .. }
+    ));
+    assert_eq!(
+        refusal(|c| c.memory.hugepage_size = Some(2 << 20)),
+        ConfigError::HugepagesOff
+    );
+    let error = refusal(|c| {
+        c.memory.hugepages = true;
+        c.memory.hugepage_size = Some(1 << 30);
+    });
+    assert!(
+        error.to_string().contains("1073741824-byte page"),
+        "{error}"
+    );
+    assert_eq!(
+        refusal(|c| c.serial = ConsoleConfig::Tty),
+        ConfigError::TwoTtys
+    );
+    let error = refusal(|c| c.payload.cmdline = Some("x".repeat(2048)));
+    assert!(matches!(error, ConfigError::Cmdline { len: 2048, .. }));
+    let error = refusal(|c| {
+        c.serial = ConsoleConfig::File("/tmp/x".into());
+        c.console = ConsoleConfig::File("/tmp/x".into());
+    });
+    assert!(matches!(error, ConfigError::PathTwice { .. }));
+    let error = refusal(|c| {
+        c.user_devices = vec![UserDeviceConfig {
+            id: "nic".to_owned(),
+            socket: "/tmp/nic".into(),
+        }];
+    });
+    assert!(error.to_string().contains("shared=on"), "{error}");
+}
+
+#[test]
+fn a_nic_that_cannot_work_is_refused() {
+    let with = |text: &str| {
+        let net: NetConfig = text.parse().unwrap();
+        refusal(|c| c.net = vec![net])
+    };
+    assert!(matches!(with("id=a"), ConfigError::NetBackend { .. }));
+    assert!(matches!(with("tap=t,fd=3"), ConfigError::NetBackend { .. }));
+    assert!(matches!(
+        with("fd=2"),
+        ConfigError::NetFdNumber { fd: 2, .. }
+    ));
+    assert!(matches!(
+        with("fd=3,num_queues=4"),
+        ConfigError::NetFds {
+            fds: 1,
+            pairs: 2,
+            ..
+        }
+    ));
+    assert!(matches!(
+        with("tap=t,num_queues=3"),
+        ConfigError::NetQueues { .. }
+    ));
+    assert!(matches!(
+        with("tap=t,num_queues=0"),
+        ConfigError::NetQueues { .. }
+    ));
+    assert!(matches!(
+        with("tap=t,queue_size=100"),
+        ConfigError::NetQueueSize { .. }
+    ));
+    assert!(matches!(
+        with("tap=t,queue_size=2048"),
+        ConfigError::NetQueueSize { .. }
+    ));
+    assert!(matches!(
+        with("tap=t,mac=01:00:5e:00:00:01"),
+        ConfigError::MacGroup { .. }
+    ));
+    assert!(matches!(with("tap=t,mtu=67"), ConfigError::Mtu { .. }));
+    assert!(matches!(
+        with("tap=a-name-too-long-for-linux"),
+        ConfigError::TapName { .. }
+    ));
+    assert!(matches!(with("tap=t,id=a/b"), ConfigError::DeviceId { .. }));
+    let twice = refusal(|c| {
+        c.net = vec!["tap=t,id=x".parse().unwrap(), "tap=u,id=x".parse().unwrap()];
+    });
+    assert_eq!(twice, ConfigError::RepeatedId { id: "x".to_owned() });
+}
+
+#[test]
+fn sizes_print_as_they_parse() {
+    assert_eq!(parse_size("1T"), Some(1 << 40));
+    assert_eq!(parse_size("512k"), Some(512 << 10));
+    for bad in ["", "G", "-1", "+1", "1.5G", "1 G", "1GB", "𝟙"] {
+        assert_eq!(parse_size(bad), None, "{bad}");
+    }
+}
+
+/// Paths the command line can carry: UTF-8 without quotes.
+fn path() -> impl Strategy<Value = PathBuf> {
+    "[a-zA-Z0-9/_.,= -]{1,20}".prop_map(PathBuf::from)
+}
+
+fn console() -> impl Strategy<Value = ConsoleConfig> {
+    prop_oneof![
+        Just(ConsoleConfig::Off),
+        Just(ConsoleConfig::Null),
+        Just(ConsoleConfig::Tty),
+        Just(ConsoleConfig::Pty),
+        path().prop_map(ConsoleConfig::File),
+        path().prop_map(ConsoleConfig::Socket),
+    ]
+}
+
+prop_compose! {
+    fn net()(
+        id in "[a-z_]{0,8}",
+        tap in option::of("[a-z0-9]{1,15}"),
+        fds in vec(3..100i32, 0..4),
+        mac in option::of(any::<[u8; 6]>()),
+        mtu in option::of(any::<u16>()),
+        num_queues: u16,
+        queue_size: u16,
+        hash_report: bool,
+    ) -> NetConfig {
+        let mac = mac.map(MacAddress);
+        NetConfig { id, tap, fds, mac, mtu, num_queues, queue_size, hash_report }
+    }
+}
+
+prop_compose! {
+    fn user_device()(id in "[a-z_]{0,8}", socket in path()) -> UserDeviceConfig {
+        UserDeviceConfig { id, socket }
+    }
+}
+
+prop_compose! {
+    fn memory()(
+        size: u64,
+        shared: bool,
+        hugepages: bool,
+        hugepage_size in option::of(any::<u64>()),
+    ) -> MemoryConfig {
+        MemoryConfig { size, shared, hugepages, hugepage_size }
+    }
+}
+
+prop_compose! {
+    fn config()(
+        (boot_vcpus, max_vcpus) in any::<(u32, u32)>(),
+        memory in memory(),
+        kernel in option::of(path()),
+        initramfs in option::of(path()),
+        cmdline in option::of(".{0,40}"),
+        net in vec(net(), 0..3),
+        src in path(),
+        serial in console(),
+        console in console(),
+        user_devices in vec(user_device(), 0..3),
+    ) -> VmConfig {
+        VmConfig {
+            cpus: CpusConfig { boot_vcpus, max_vcpus },
+            memory,
+            payload: PayloadConfig { kernel, initramfs, cmdline },
+            net,
+            rng: RngConfig { src },
+            serial,
+            console,
+            user_devices,
+        }
+    }
+}
+
+fn through_options(config: &VmConfig) -> Result<VmConfig, ConfigError> {
+    let nets = config.net.iter().map(|net| net.to_string().parse());
+    let devices = config
+        .user_devices
+        .iter()
+        .map(|device| device.to_string().parse());
+    Ok(VmConfig {
+        cpus: config.cpus.to_string().parse()?,
+        memory: config.memory.to_string().parse()?,
+        payload: config.payload.clone(),
+        net: nets.collect::<Result<_, _>>()?,
+        rng: config.rng.to_string().parse()?,
+        serial: ConsoleConfig::parse("--serial", &config.serial.to_string())?,
+        console: ConsoleConfig::parse("--console", &config.console.to_string())?,
+        user_devices: devices.collect::<Result<_, _>>()?,
+    })
+}
+
+proptest! {
+    #[test]
+    fn json_and_options_carry_the_same_vm(config in config()) {
+        let json = serde_json::to_string(&config).unwrap();
+        prop_assert_eq!(&serde_json::from_str::<VmConfig>(&json).unwrap(), &config);
+        prop_assert_eq!(&through_options(&config).unwrap(), &config);
+    }
+
+    #[test]
+    fn validation_is_idempotent_and_never_panics(config in config()) {
+        if let Ok(valid) = config.validate() {
+            prop_assert_eq!(valid.clone().validate().unwrap(), valid);
+        }
+    }
+
+    #[test]
+    fn no_text_makes_a_parser_panic(text in ".{0,60}") {
+        parse_all(&text);
+    }
+
+    #[test]
+    fn no_near_miss_makes_a_parser_panic(
+        text in "((size|boot|tap|fd|mac|id|socket|src|file)?=?[\"\\[\\]0-9a-gKMGT:,=€]{0,6},?){0,5}"
+    ) {
+        parse_all(&text);
+    }
+
+    #[test]
+    fn sizes_survive_printing(size: u64) {
+        prop_assert_eq!(parse_size(&format_size(size)), Some(size));
+    }
+}
+
+fn parse_all(text: &str) {
+    let _ = text.parse::<CpusConfig>();
+    let _ = text.parse::<MemoryConfig>();
+    let _ = text.parse::<NetConfig>();
+    let _ = text.parse::<UserDeviceConfig>();
+    let _ = text.parse::<RngConfig>();
+    let _ = text.parse::<ConsoleConfig>();
+    let _ = text.parse::<MacAddress>();
+    let _ = parse_size(text);
+}
