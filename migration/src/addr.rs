@@ -57,6 +57,19 @@ impl IovaRange {
         }
     }
 
+    /// The range from `first` to `last`, both in it; `None` if `last` is before `first`.
+    pub const fn from_ends(first: Iova, last: Iova) -> Option<Self> {
+        if last.0 < first.0 {
+            return None;
+        }
+        Some(Self { first, last })
+    }
+
+    /// The addresses in both ranges; `None` if there are none.
+    pub fn intersection(self, other: Self) -> Option<Self> {
+        Self::from_ends(self.first.max(other.first), self.last.min(other.last))
+    }
+
     /// First address.
     pub const fn first(self) -> Iova {
         self.first

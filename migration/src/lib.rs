@@ -6,9 +6,12 @@
 
 pub mod addr;
 pub mod iova_bitmap;
+pub mod memory;
 pub mod source;
 pub mod state;
 
 pub use addr::{Gpa, Iova, IovaRange, PageSize};
+pub use iova_bitmap::{BitmapError, IovaBitmap};
+pub use memory::{GuestMemory, MemoryHandle, WriteLog, mark_written};
 pub use source::{DirtyError, DirtySource, Precision};
 pub use state::{Pause, PrecopyRead, SaveRestore, StateError, StateSink, StateSize, StateSource};
