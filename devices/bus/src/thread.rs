@@ -31,6 +31,8 @@ pub enum ThreadKind {
     VfioUser,
     /// Handles process signals.
     Signal,
+    /// Writes events to their sink.
+    EventMonitor,
 }
 
 type Enter = dyn Fn(ThreadKind) -> io::Result<()> + Send + Sync;

@@ -1,0 +1,169 @@
+//! The events, their names and their properties.
+
+use std::borrow::Cow;
+use std::fmt::Display;
+
+use serde::{Serialize, Serializer};
+
+/// Which end of a migration speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    /// The one the VM leaves.
+    Source,
+    /// The one the VM comes to.
+    Destination,
+}
+
+/// Something that happened. The fields of a variant are its properties, written as text.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Event {
+    /// `vmm: starting`: the process is up.
+    VmmStarting,
+    /// `vmm: shutdown`: the process is about to end.
+    VmmShutdown,
+    /// `vm: booting`: devices and memory are being made.
+    Booting,
+    /// `vm: booted`: the vCPUs run.
+    Booted,
+    /// `vm: pausing`.
+    Pausing,
+    /// `vm: paused`: vCPUs and devices stand still.
+    Paused,
+    /// `vm: resuming`.
+    Resuming,
+    /// `vm: resumed`: vCPUs and devices run again.
+    Resumed,
+    /// `vm: shutdown`: the VM is off, by request or by the guest.
+    Shutdown,
+    /// `vm: deleted`: its configuration is gone.
+    Deleted,
+    /// `vm: device-lost`: a device's backend is gone; the guest sees a dead device.
+    DeviceLost {
+        /// The device.
+        id: String,
+        /// Why.
+        reason: String,
+    },
+    /// `vm: migration-started`, at the source.
+    MigrationStarted,
+    /// `vm: migration-memory-iteration`, at the source: one round of precopy is over.
+    MigrationMemoryIteration {
+        /// The round, from 0.
+        #[serde(serialize_with = "text")]
+        id: u64,
+        /// Bytes of memory sent in it.
+        #[serde(serialize_with = "text")]
+        bytes: u64,
+        /// Pages found dirty at its end.
+        #[serde(serialize_with = "text")]
+        dirty_pages: u64,
+        /// How long it took, in milliseconds.
+        #[serde(serialize_with = "text")]
+        took_ms: u64,
+    },
+    /// `vm: migration-finished`, at the source: the VM runs at the destination.
+    MigrationFinished,
+    /// `vm: migration-failed`, at the source: the VM runs on here, unless the reason says else.
+    MigrationFailed {
+        /// The error and its sources.
+        reason: String,
+    },
+    /// `vm: migration-receive-ready`, at the destination: it listens.
+    MigrationReceiveReady,
+    /// `vm: migration-receive-started`, at the destination: a source has connected.
+    MigrationReceiveStarted,
+    /// `vm: migration-receive-finished`, at the destination: the VM runs here.
+    MigrationReceiveFinished,
+    /// `vm: migration-receive-failed`, at the destination: there is no VM here.
+    MigrationReceiveFailed {
+        /// The error and its sources.
+        reason: String,
+    },
+    /// `vm: migration-phase`: a migration enters a phase.
+    MigrationPhase {
+        /// Which end.
+        side: Side,
+        /// The phase's name.
+        phase: Cow<'static, str>,
+    },
+    /// `virtio-device: activated`: the guest's driver took the device.
+    VirtioActivated {
+        /// The device.
+        id: String,
+    },
+    /// `virtio-device: reset`: the guest's driver reset the device.
+    VirtioReset {
+        /// The device.
+        id: String,
+    },
+    /// `event-monitor: events-dropped`: the reader was too slow. Told by the writer itself.
+    Dropped {
+        /// How many events were lost just before this line.
+        #[serde(serialize_with = "text")]
+        count: u64,
+    },
+}
+
+impl Event {
+    /// The part of Ferry it happened in.
+    pub fn source(&self) -> &'static str {
+        match self {
+            Self::VmmStarting | Self::VmmShutdown => "vmm",
+            Self::Booting
+            | Self::Booted
+            | Self::Pausing
+            | Self::Paused
+            | Self::Resuming
+            | Self::Resumed
+            | Self::Shutdown
+            | Self::Deleted
+            | Self::DeviceLost { .. }
+            | Self::MigrationStarted
+            | Self::MigrationMemoryIteration { .. }
+            | Self::MigrationFinished
+            | Self::MigrationFailed { .. }
+            | Self::MigrationReceiveReady
+            | Self::MigrationReceiveStarted
+            | Self::MigrationReceiveFinished
+            | Self::MigrationReceiveFailed { .. }
+            | Self::MigrationPhase { .. } => "vm",
+            Self::VirtioActivated { .. } | Self::VirtioReset { .. } => "virtio-device",
+            Self::Dropped { .. } => "event-monitor",
+        }
+    }
+
+    /// Its name, unique within its source.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::VmmStarting => "starting",
+            Self::VmmShutdown | Self::Shutdown => "shutdown",
+            Self::Booting => "booting",
+            Self::Booted => "booted",
+            Self::Pausing => "pausing",
+            Self::Paused => "paused",
+            Self::Resuming => "resuming",
+            Self::Resumed => "resumed",
+            Self::Deleted => "deleted",
+            Self::DeviceLost { .. } => "device-lost",
+            Self::MigrationStarted => "migration-started",
+            Self::MigrationMemoryIteration { .. } => "migration-memory-iteration",
+            Self::MigrationFinished => "migration-finished",
+            Self::MigrationFailed { .. } => "migration-failed",
+            Self::MigrationReceiveReady => "migration-receive-ready",
+            Self::MigrationReceiveStarted => "migration-receive-started",
+            Self::MigrationReceiveFinished => "migration-receive-finished",
+            Self::MigrationReceiveFailed { .. } => "migration-receive-failed",
+            Self::MigrationPhase { .. } => "migration-phase",
+            Self::VirtioActivated { .. } => "activated",
+            Self::VirtioReset { .. } => "reset",
+            Self::Dropped { .. } => "events-dropped",
+        }
+    }
+}
+
+/// Writes a number as text: Cloud Hypervisor's clients read properties as a map of strings.
+fn text<T: Display, S: Serializer>(value: &T, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
