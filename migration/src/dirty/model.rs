@@ -1,1 +1,0 @@
-//! Random histories of a migration against a naive model of it.
