@@ -5,13 +5,15 @@
 //! [`StateSink`]s whose state moves; the VMM supplies them.
 
 pub mod addr;
+pub mod dirty;
 pub mod iova_bitmap;
 pub mod memory;
 pub mod source;
 pub mod state;
 
 pub use addr::{Gpa, Iova, IovaRange, PageSize};
+pub use dirty::{GpaRun, GuestDirty, SourceReport, VmmWriteSource};
 pub use iova_bitmap::{BitmapError, IovaBitmap};
-pub use memory::{GuestMemory, MemoryHandle, WriteLog, mark_written};
+pub use memory::{GuestMemory, MemoryHandle, RamRegion, WriteLog, mark_written};
 pub use source::{DirtyError, DirtySource, Precision};
 pub use state::{Pause, PrecopyRead, SaveRestore, StateError, StateSink, StateSize, StateSource};

@@ -162,6 +162,32 @@ fn map_region(mapping: RamMapping) -> Result<GuestRegionMmap<WriteLog>, MemoryEr
     GuestRegionMmap::new(mapped, GuestAddress(gpa.0)).ok_or_else(bad)
 }
 
+/// A contiguous piece of guest RAM.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RamRegion {
+    /// Where it starts.
+    pub gpa: Gpa,
+    /// Length in bytes, a multiple of the host's page size.
+    pub len: u64,
+}
+
+/// The RAM regions of `memory` in rising order, for [`GuestDirty`](crate::dirty::GuestDirty).
+pub fn ram_regions(memory: &GuestMemory) -> Vec<RamRegion> {
+    memory
+        .iter()
+        .map(|region| RamRegion {
+            gpa: Gpa(region.start_addr().0),
+            len: region.len(),
+        })
+        .collect()
+}
+
+/// Whether every byte of `range` is RAM.
+pub fn is_ram(memory: &GuestMemory, range: IovaRange) -> bool {
+    let ram = parts(memory, range).map(|part| u64::try_from(part.len).unwrap_or(0));
+    range.len() == Some(ram.sum())
+}
+
 /// `mmap` takes a file that is too short, and the access then gets SIGBUS; so it is checked here.
 /// Device files have no size to check.
 fn check_file(gpa: Gpa, len: u64, file: &File, offset: u64) -> Result<(), MemoryError> {

@@ -1,0 +1,1 @@
+//! Random histories of a migration against a naive model of it.

@@ -1,0 +1,87 @@
+//! The dirty source of this process's own writes.
+
+use vm_memory::GuestAddressSpace;
+
+use crate::addr::{IovaRange, PageSize};
+use crate::iova_bitmap::IovaBitmap;
+use crate::memory::{self, LOG_PAGE, MemoryHandle};
+use crate::source::{DirtyError, DirtySource, Precision};
+
+/// The [`DirtySource::id`] of [`VmmWriteSource`].
+pub const VMM_SOURCE_ID: &str = "vmm";
+
+/// Reports what this process wrote to guest memory, from the
+/// [`WriteLog`](crate::memory::WriteLog)s of its regions.
+///
+/// The logs are always on; [`start`](DirtySource::start) forgets what they gathered before, and
+/// [`stop`](DirtySource::stop) only ends the reports.
+#[derive(Debug)]
+pub struct VmmWriteSource {
+    memory: MemoryHandle,
+    tracked: Vec<IovaRange>,
+}
+
+impl VmmWriteSource {
+    /// A source over the memory that `memory` gives at each report, so hotplugged regions count.
+    pub fn new(memory: MemoryHandle) -> Self {
+        Self {
+            memory,
+            tracked: Vec::new(),
+        }
+    }
+}
+
+fn not_tracked(range: IovaRange) -> DirtyError {
+    DirtyError::NotTracked {
+        source_id: VMM_SOURCE_ID.to_owned(),
+        first: range.first(),
+        last: range.last(),
+    }
+}
+
+impl DirtySource for VmmWriteSource {
+    fn id(&self) -> &str {
+        VMM_SOURCE_ID
+    }
+
+    fn granularity(&self) -> PageSize {
+        LOG_PAGE
+    }
+
+    fn precision(&self) -> Precision {
+        Precision::Exact
+    }
+
+    fn start(&mut self, ranges: &[IovaRange]) -> Result<(), DirtyError> {
+        let memory = self.memory.memory();
+        if let Some(hole) = ranges
+            .iter()
+            .find(|range| !memory::is_ram(&memory, **range))
+        {
+            return Err(not_tracked(*hole));
+        }
+        for range in ranges {
+            memory::forget_writes(&memory, *range);
+        }
+        self.tracked = ranges.to_vec();
+        Ok(())
+    }
+
+    fn report(&mut self, window: IovaRange, bitmap: &mut IovaBitmap) -> Result<(), DirtyError> {
+        if !self.tracked.contains(&window) {
+            return Err(not_tracked(window));
+        }
+        memory::drain_writes(&self.memory.memory(), window, bitmap).map_err(|error| {
+            DirtyError::Backend {
+                source_id: VMM_SOURCE_ID.to_owned(),
+                operation: "report",
+                cause: Box::new(error),
+            }
+        })
+    }
+
+    fn stop(&mut self) -> Result<(), DirtyError> {
+        self.tracked.clear();
+        Ok(())
+    }
+}
