@@ -268,3 +268,6 @@ impl<'a> Body<'a> {
 const fn is_classified(hash: PacketHash) -> bool {
     !matches!(hash.report, HashReport::None)
 }
+
+#[cfg(test)]
+mod tests;
