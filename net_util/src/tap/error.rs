@@ -95,11 +95,11 @@ pub enum TapError {
         /// Another.
         other: TapName,
     },
-    /// The tap's packets are not as Ferry wants them.
+    /// The tap's packets have no virtio-net header.
     #[error(
-        "tap `{tap}` was opened without IFF_VNET_HDR or IFF_NO_PI: open it with both before passing it"
+        "tap `{tap}` was opened without IFF_VNET_HDR: open it with that and IFF_NO_PI before passing it"
     )]
-    WrongFlags {
+    NoHeader {
         /// Which tap.
         tap: TapName,
     },

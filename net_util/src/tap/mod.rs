@@ -95,26 +95,31 @@ impl Tap {
 
     /// Takes over files that are queues of one tap, opened by another program.
     ///
-    /// They become non-blocking, which whoever shares them notices.
+    /// They become non-blocking, which whoever shares them notices. They must have been opened
+    /// with `IFF_NO_PI`, which the kernel has no way to ask about.
     ///
     /// # Errors
     /// There are none, one is no queue of a tap, they are of different taps, or the tap was made
-    /// without `IFF_VNET_HDR` or with packet information.
+    /// without `IFF_VNET_HDR`.
     pub fn from_fds(fds: Vec<OwnedFd>) -> Result<Self, TapError> {
         if fds.len() > usize::from(MAX_QUEUES) {
             return Err(TapError::TooManyFds { fds: fds.len() });
         }
-        let mut adopted = fds.into_iter().map(adopt).collect::<Result<Vec<_>, _>>()?;
-        let (first, multi_queue) = adopted.pop().ok_or(TapError::NoFds)?;
-        let name = first.name().clone();
-        if let Some((other, _)) = adopted.iter().find(|(queue, _)| *queue.name() != name) {
+        let adopted = fds.into_iter().map(adopt).collect::<Result<Vec<_>, _>>()?;
+        let (name, multi_queue) = match adopted.first() {
+            Some((first, multi_queue)) => (first.name().clone(), *multi_queue),
+            None => return Err(TapError::NoFds),
+        };
+        let queues: Vec<_> = adopted.into_iter().map(|(queue, _)| queue).collect();
+        if let Some(other) = queues.iter().find(|queue| *queue.name() != name) {
             return Err(TapError::Mixed {
                 tap: name,
                 other: other.name().clone(),
             });
         }
-        let mut queues: Vec<_> = adopted.into_iter().map(|(queue, _)| queue).collect();
-        queues.push(first);
+        if queues.len() > 1 && !multi_queue {
+            return Err(TapError::SingleQueue { tap: name });
+        }
         Ok(Self {
             name,
             queues,
@@ -282,23 +287,43 @@ fn adopt(fd: OwnedFd) -> Result<(TapQueue, bool), TapError> {
     if missing(ioctl::IFF_TAP) {
         return Err(TapError::NotATap { tap });
     }
-    if missing(ioctl::IFF_NO_PI) || missing(ioctl::IFF_VNET_HDR) {
-        return Err(TapError::WrongFlags { tap });
+    // IFF_NO_PI cannot be checked: TUNGETIFF also uses its bit for "no socket filter".
+    if missing(ioctl::IFF_VNET_HDR) {
+        return Err(TapError::NoHeader { tap });
     }
     rustix::io::ioctl_fionbio(fd.as_fd(), true)
         .map_err(|errno| tap.failed("making the file non-blocking", errno))?;
     Ok((TapQueue::new(fd, tap), !missing(ioctl::IFF_MULTI_QUEUE)))
 }
 
-/// What the running kernel's taps can do (`TUNGETFEATURES`): `IFF_*` bits.
-///
-/// # Errors
-/// [`TUN_DEVICE`] cannot be opened or gives no answer.
-pub fn kernel_features() -> Result<u32, TapError> {
-    use rustix::fs::{Mode, OFlags, open};
-    let failed = |errno: Errno| TapError::NoTunDevice {
-        source: errno.into(),
-    };
-    let fd = open(TUN_DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
-    ioctl::tun_get_features(&fd).map_err(failed)
+/// What the running kernel's taps can do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct KernelFeatures {
+    /// Packets can have a virtio-net header; nothing works without.
+    pub headers: bool,
+    /// A tap can have several queues.
+    pub multi_queue: bool,
 }
+
+impl KernelFeatures {
+    /// Asks the kernel.
+    ///
+    /// # Errors
+    /// `/dev/net/tun` cannot be opened or gives no answer.
+    pub fn probe() -> Result<Self, TapError> {
+        use rustix::fs::{Mode, OFlags, open};
+        let failed = |errno: Errno| TapError::NoTunDevice {
+            source: errno.into(),
+        };
+        let fd = open(TUN_DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
+        let features = ioctl::tun_get_features(&fd).map_err(failed)?;
+        let has = |flag| features & u32::from(flag) != 0;
+        Ok(Self {
+            headers: has(ioctl::IFF_VNET_HDR),
+            multi_queue: has(ioctl::IFF_MULTI_QUEUE),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;
