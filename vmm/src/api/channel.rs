@@ -1,18 +1,20 @@
 //! The channel between those who ask (the API thread, the start-up code) and the control loop.
 
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
 
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
 use thiserror::Error;
 use tokio::sync::oneshot;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::error::{ApiError, ApiStatus};
 use super::request::{ApiReply, ApiRequest};
 
 /// Requests that may wait for the control loop; more are refused with 429.
-const QUEUE_DEPTH: usize = 64;
+const QUEUE_DEPTH: usize = 16;
 
 type Message = (ApiRequest, Responder);
 
@@ -45,7 +47,7 @@ impl From<ApiSendError> for ApiError {
 /// # Errors
 /// The operating system's, if there is no eventfd to be had.
 pub fn channel() -> io::Result<(ApiHandle, ApiInbox)> {
-    let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+    let event = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
     let (sender, receiver) = mpsc::sync_channel(QUEUE_DEPTH);
     let handle = ApiHandle {
         sender,
@@ -58,7 +60,7 @@ pub fn channel() -> io::Result<(ApiHandle, ApiInbox)> {
 #[derive(Clone, Debug)]
 pub struct ApiHandle {
     sender: SyncSender<Message>,
-    event: Arc<EventFd>,
+    event: Arc<OwnedFd>,
 }
 
 impl ApiHandle {
@@ -73,30 +75,35 @@ impl ApiHandle {
             Err(TrySendError::Full(_)) => return Err(ApiSendError::Full),
             Err(TrySendError::Disconnected(_)) => return Err(ApiSendError::Closed),
         }
-        self.event.write(1).map_err(ApiSendError::Wake)?;
-        Ok(receiver)
+        match rustix::io::write(&self.event, &1u64.to_ne_bytes()) {
+            // A full counter says "wake up" as well as any other.
+            Ok(_) | Err(Errno::AGAIN) => Ok(receiver),
+            Err(error) => Err(ApiSendError::Wake(error.into())),
+        }
     }
 }
 
-/// The control loop's end.
+/// The control loop's end. Its descriptor is readable while requests may be waiting: to be watched,
+/// not read.
 #[derive(Debug)]
 pub struct ApiInbox {
     receiver: Receiver<Message>,
-    event: Arc<EventFd>,
+    event: Arc<OwnedFd>,
+}
+
+impl AsFd for ApiInbox {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
 }
 
 impl ApiInbox {
-    /// Readable while requests may be waiting. To be watched; [`ApiInbox::take`] reads it.
-    pub fn event(&self) -> &EventFd {
-        &self.event
-    }
-
     /// The next waiting request, `None` when there is none. To be called until it says `None`
-    /// each time [`ApiInbox::event`] is readable.
+    /// each time the descriptor is readable.
     pub fn take(&self) -> Option<(ApiRequest, Responder)> {
         // Drain the event first: a request sent after the queue was found empty then wakes again.
         // The eventfd is non-blocking, and "nothing there" is no news.
-        let _ = self.event.read();
+        let _ = rustix::io::read(&self.event, &mut [0u8; 8]);
         self.receiver.try_recv().ok()
     }
 }
