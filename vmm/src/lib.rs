@@ -4,5 +4,7 @@
 //! - [`api`]: what can be asked of the VMM, and the REST server that asks it.
 
 pub mod api;
+pub mod cli;
 pub mod config;
 pub mod inherited;
+pub mod seccomp;

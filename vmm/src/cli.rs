@@ -1,0 +1,294 @@
+//! The command line of `ferry`.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Parser, ValueEnum};
+use event_monitor::Sink;
+
+use crate::api::ApiSocket;
+use crate::config::{
+    ConfigError, ConsoleConfig, CpusConfig, MemoryConfig, NetConfig, PayloadConfig, RngConfig,
+    UserDeviceConfig, VmConfig, default_console, default_serial,
+};
+use crate::seccomp::SeccompMode;
+
+/// How much `ferry` says on standard error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogLevel {
+    /// Nothing.
+    Off,
+    /// What failed.
+    Error,
+    /// And what is odd.
+    Warn,
+    /// And what was done.
+    Info,
+    /// And how.
+    Debug,
+    /// And every step.
+    Trace,
+}
+
+impl LogLevel {
+    /// Its name, which is also a filter directive of `tracing-subscriber`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        }
+    }
+}
+
+/// A KVM virtual machine monitor that live-migrates guests with their passthrough NICs.
+///
+/// With --kernel, a VM is made and booted at once. Without, ferry waits on --api-socket for
+/// vm.create or vm.receive-migration (see `ferryctl --help`). Options and JSON keys are Cloud
+/// Hypervisor's.
+#[derive(Clone, Debug, Parser)]
+#[command(
+    name = "ferry",
+    version,
+    max_term_width = 100,
+    after_help = "\
+A value that holds a comma is quoted (--rng 'src=\"/tmp/a,b\"'); sizes take K, M, G or T.
+
+Examples:
+  ferry --kernel vmlinux --cmdline console=ttyS0 --serial tty --console off --memory size=1G
+  ferry --api-socket path=/run/ferry.sock --kernel bzImage --initramfs initrd --cpus boot=2 \\
+        --memory size=1G,shared=on --net tap=tap0,hash_report=on --user-device socket=/run/nic.sock
+  ferry --api-socket path=/run/ferry2.sock     # then: ferryctl migrate --from … --to …"
+)]
+pub struct Cli {
+    /// Virtual CPUs: boot=N[,max=N].
+    ///
+    /// max must equal boot: vCPUs cannot be added to a running VM. Default: boot=1.
+    #[arg(long, value_name = "boot=N", help_heading = "The VM")]
+    pub cpus: Option<CpusConfig>,
+
+    /// Guest RAM: size=SIZE[,shared=on|off][,hugepages=on|off][,hugepage_size=2M|1G].
+    ///
+    /// shared=on makes it a memfd that other processes may map; passthrough devices need that.
+    /// Default: size=512M.
+    #[arg(long, value_name = "size=SIZE,…", help_heading = "The VM")]
+    pub memory: Option<MemoryConfig>,
+
+    /// Kernel: an ELF vmlinux with a PVH note, or a bzImage.
+    #[arg(long, value_name = "FILE", help_heading = "The VM")]
+    pub kernel: Option<PathBuf>,
+
+    /// Initial RAM disk.
+    #[arg(
+        long,
+        value_name = "FILE",
+        requires = "kernel",
+        help_heading = "The VM"
+    )]
+    pub initramfs: Option<PathBuf>,
+
+    /// The kernel's command line.
+    #[arg(
+        long,
+        value_name = "TEXT",
+        requires = "kernel",
+        allow_hyphen_values = true,
+        help_heading = "The VM"
+    )]
+    pub cmdline: Option<String>,
+
+    /// Serial port: off|null|tty|pty|file=FILE|socket=SOCKET.
+    ///
+    /// Default: null.
+    #[arg(
+        long,
+        value_name = "MODE",
+        value_parser = |text: &str| ConsoleConfig::parse("--serial", text),
+        help_heading = "Devices"
+    )]
+    pub serial: Option<ConsoleConfig>,
+
+    /// virtio console: off|null|tty|pty|file=FILE|socket=SOCKET.
+    ///
+    /// Default: tty.
+    #[arg(
+        long,
+        value_name = "MODE",
+        value_parser = |text: &str| ConsoleConfig::parse("--console", text),
+        help_heading = "Devices"
+    )]
+    pub console: Option<ConsoleConfig>,
+
+    /// virtio-net device: tap=NAME|fd=N|fd=[N,…] and more; may be repeated.
+    ///
+    /// [,mac=ADDRESS][,mtu=BYTES][,num_queues=N][,queue_size=N][,hash_report=on|off][,id=NAME].
+    /// num_queues counts receive and transmit queues together (default 2); queue_size is a power
+    /// of two (default 256); hash_report=on offers the guest each received packet's hash.
+    #[arg(long, value_name = "tap=NAME,…", num_args = 1.., help_heading = "Devices")]
+    pub net: Vec<NetConfig>,
+
+    /// Passthrough device served over vfio-user: socket=SOCKET[,id=NAME]; may be repeated.
+    ///
+    /// Needs --memory shared=on.
+    #[arg(long, value_name = "socket=SOCKET,…", num_args = 1.., help_heading = "Devices")]
+    pub user_device: Vec<UserDeviceConfig>,
+
+    /// Entropy source: src=FILE.
+    ///
+    /// Default: src=/dev/urandom.
+    #[arg(long, value_name = "src=FILE", help_heading = "Devices")]
+    pub rng: Option<RngConfig>,
+
+    /// Where to serve the REST API: path=SOCKET, fd=N, or a bare path.
+    ///
+    /// The socket is made for this user alone; fd is a listening socket that ferry inherits.
+    #[arg(long, value_name = "path=SOCKET", help_heading = "The process")]
+    pub api_socket: Option<ApiSocket>,
+
+    /// Where to write events, one JSON object per line: path=FILE or fd=N.
+    #[arg(long, value_name = "path=FILE", help_heading = "The process")]
+    pub event_monitor: Option<Sink>,
+
+    /// What a system call that its thread has no use for does: true|false|log.
+    ///
+    /// true ends ferry with a message that names thread and call; log writes to the kernel's audit
+    /// log; false installs no filters.
+    #[arg(
+        long,
+        value_name = "MODE",
+        default_value_t,
+        help_heading = "The process"
+    )]
+    pub seccomp: SeccompMode,
+
+    /// How much to say on standard error. Default: warn.
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        conflicts_with = "verbose",
+        help_heading = "The process"
+    )]
+    pub log_level: Option<LogLevel>,
+
+    /// Say more on standard error: -v info, -vv debug, -vvv trace.
+    #[arg(short, long, action = ArgAction::Count, help_heading = "The process")]
+    pub verbose: u8,
+}
+
+impl Cli {
+    /// How much to say.
+    pub fn level(&self) -> LogLevel {
+        match (self.log_level, self.verbose) {
+            (Some(level), _) => level,
+            (None, 0) => LogLevel::Warn,
+            (None, 1) => LogLevel::Info,
+            (None, 2) => LogLevel::Debug,
+            (None, _) => LogLevel::Trace,
+        }
+    }
+
+    /// The VM to boot at once, validated; `None` if the options describe none.
+    ///
+    /// # Errors
+    /// [`ConfigError`] if the options describe a VM that cannot be, or parts of one without a
+    /// kernel.
+    pub fn vm_config(&self) -> Result<Option<VmConfig>, ConfigError> {
+        if self.kernel.is_none() && !self.has_vm_options() {
+            return Ok(None);
+        }
+        let config = VmConfig {
+            cpus: self.cpus.unwrap_or_default(),
+            memory: self.memory.unwrap_or_default(),
+            payload: PayloadConfig {
+                kernel: self.kernel.clone(),
+                initramfs: self.initramfs.clone(),
+                cmdline: self.cmdline.clone(),
+            },
+            net: self.net.clone(),
+            rng: self.rng.clone().unwrap_or_default(),
+            serial: self.serial.clone().unwrap_or_else(default_serial),
+            console: self.console.clone().unwrap_or_else(default_console),
+            user_devices: self.user_device.clone(),
+        };
+        config.validate().map(Some)
+    }
+
+    /// Whether any option besides `--kernel` describes a VM.
+    fn has_vm_options(&self) -> bool {
+        self.cpus.is_some()
+            || self.memory.is_some()
+            || self.serial.is_some()
+            || self.console.is_some()
+            || self.rng.is_some()
+            || !self.net.is_empty()
+            || !self.user_device.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(arguments: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("ferry").chain(arguments.split_whitespace()))
+    }
+
+    #[test]
+    fn the_definition_is_consistent_and_all_options_have_help() {
+        let command = Cli::command();
+        command.clone().debug_assert();
+        for argument in command.get_arguments() {
+            assert!(argument.get_help().is_some(), "{}", argument.get_id());
+        }
+    }
+
+    #[test]
+    fn a_whole_vm_on_one_line() {
+        let cli = parse(
+            "--kernel k --initramfs i --cmdline console=ttyS0 --cpus boot=2,max=2 \
+             --memory size=1G,shared=on --serial file=/tmp/log --console off \
+             --net tap=tap0 tap=tap1 --net tap=tap2 --user-device socket=/nic,id=nic \
+             --rng src=/dev/random --api-socket path=/s --event-monitor fd=5 --seccomp log -vv",
+        )
+        .unwrap();
+        let config = cli.vm_config().unwrap().unwrap();
+        let ids: Vec<&str> = config.device_ids().collect();
+        assert_eq!(ids, ["_net0", "_net1", "_net2", "nic"]);
+        assert_eq!(config.cpus.boot_vcpus, 2);
+        assert_eq!(config.console, ConsoleConfig::Off);
+        assert_eq!(cli.api_socket, Some(ApiSocket::Path("/s".into())));
+        assert_eq!(cli.event_monitor, Some(Sink::Fd(5)));
+        assert_eq!(cli.seccomp, SeccompMode::Log);
+        assert_eq!(cli.level(), LogLevel::Debug);
+    }
+
+    #[test]
+    fn no_vm_options_mean_no_vm() {
+        let cli = parse("--api-socket /s").unwrap();
+        assert_eq!(cli.vm_config().unwrap(), None);
+        assert_eq!(cli.seccomp, SeccompMode::Enforce);
+        assert_eq!(cli.level(), LogLevel::Warn);
+        let error = parse("--cpus boot=2").unwrap().vm_config().unwrap_err();
+        assert_eq!(error, ConfigError::NoKernel);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (arguments, part) in [
+            ("--memory size=1Q", "a size such as"),
+            ("--serial loud", "--serial: unknown key `loud`"),
+            ("--net tap=t,rss=on", "unknown key `rss`"),
+            ("--seccomp maybe", "no seccomp mode"),
+            ("--initramfs i", "--kernel"),
+            ("--log-level info -v", "cannot be used with"),
+            ("--api-socket port=1", "no API socket"),
+        ] {
+            let error = parse(arguments).unwrap_err().to_string();
+            assert!(error.contains(part), "{arguments}: {error}");
+        }
+    }
+}

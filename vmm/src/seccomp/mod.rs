@@ -1,0 +1,5 @@
+//! System-call filters.
+
+mod mode;
+
+pub use mode::{SeccompMode, SeccompModeError};
