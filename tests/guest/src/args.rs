@@ -18,9 +18,8 @@ impl<'a> Args<'a> {
         self.0
             .split_ascii_whitespace()
             .filter_map(|word| word.split_once('='))
-            .filter(|&(name, _)| name == key)
+            .rfind(|&(name, _)| name == key)
             .map(|(_, value)| value)
-            .last()
     }
 
     /// A decimal or `0x` number, or `default` when the key is absent or its

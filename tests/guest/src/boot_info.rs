@@ -8,7 +8,6 @@ const MAGIC: u32 = 0x336e_c578;
 const VERSION_WITH_MEMORY_MAP: u32 = 1;
 const OFFSET_VERSION: u64 = 4;
 const OFFSET_COMMAND_LINE: u64 = 24;
-const OFFSET_RSDP: u64 = 32;
 const OFFSET_MEMORY_MAP: u64 = 40;
 const OFFSET_MEMORY_MAP_ENTRIES: u64 = 48;
 const MEMORY_MAP_ENTRY_BYTES: u64 = 24;
@@ -89,11 +88,6 @@ impl StartInfo {
             }
         }
         core::str::from_utf8(&buffer[..len]).unwrap_or("")
-    }
-
-    /// The ACPI root pointer's address, 0 when there is none.
-    pub(crate) fn rsdp(&self) -> u64 {
-        self.field(OFFSET_RSDP)
     }
 
     /// The RAM in the loader's memory map; nothing when it passed no map.

@@ -9,8 +9,16 @@
 //! - [`args`]: the command line's `key=value` words.
 //! - [`pattern`]: a page's content, as a function of its address and how often
 //!   it was written.
+//! - [`packet`]: a test packet's payload, from its flow and number.
+//! - [`sequence`]: what of a numbered stream is lost or came twice.
+//! - [`frame`]: enough of Ethernet, ARP, IP and UDP to answer.
+//! - [`rss`]: a judge of the hash a device reports, independent of the VMM's.
 #![no_std]
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod frame;
+pub mod packet;
 pub mod pattern;
+pub mod rss;
+pub mod sequence;

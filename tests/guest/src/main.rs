@@ -15,12 +15,20 @@
 //! | `tick` | 1000 | ms between `TICK` lines |
 //! | `listen` | 20 | ms between looks at the serial input |
 //! | `verify_every` | 0 | passes between audits of all memory; 0 for none |
+//! | `ecam` | ports | address of PCI ECAM to use instead of ports 0xcf8/0xcfc |
+//! | `irq` | 0 | 1: receive by MSI-X interrupts instead of polling |
+//! | `hash` | 0 | 1: take HASH_REPORT if offered, and check every report |
+//! | `mrg`, `evidx` | 1 | take MRG_RXBUF, EVENT_IDX if offered |
+//! | `rxbuf` | 4096 | bytes of a receive buffer |
+//! | `retain` | 4096 | received buffers kept and checked, per NIC |
+//! | `echo` | 1 | send test packets back |
+//! | `ip0` … `ip7` | none | IPv4 address for which NIC n answers ARP |
 //! | `tsc` | found | MHz of the time-stamp counter |
 //! | `poweroff_port`, `poweroff_value` | 0x604, 0x2000 | how to power off |
 //! | `lo`, `ram` | 16, 64 | MiB: where memory starts; how much there is when the loader passes no map |
 //!
 //! # Output
-//! `FERRY-GUEST up`, `CLOCK {…}`, `FILL {…}`, `READY {…}`, then a `TICK {…}` line per
+//! `FERRY-GUEST up`, `CLOCK {…}`, `NIC {…}` each, `FILL {…}`, `READY {…}`, then a `TICK {…}` line per
 //! tick: word, blank, JSON object. `VERIFY {…}` answers an audit, `ERROR {…}`
 //! names a wrong page (the first 16), `TRAP {…}` an exception, `PANIC` a bug.
 //!
@@ -39,7 +47,9 @@ mod lapic;
 mod memory;
 mod mmio;
 mod monitor;
+mod net;
 mod paging;
+mod pci;
 mod power;
 mod serial;
 mod smoke;
@@ -55,6 +65,7 @@ use crate::boot_info::{COMMAND_LINE_BYTES, StartInfo, usize_of};
 use crate::dirty::{Rate, Share, Worker};
 use crate::memory::{Pages, Ram};
 use crate::monitor::Monitor;
+use crate::net::Nics;
 use crate::serial::say;
 
 core::arch::global_asm!(include_str!("boot.s"), options(att_syntax));
@@ -81,16 +92,17 @@ extern "C" fn guest_main() -> ! {
         "CLOCK {{\"tsc\":{started},\"tsc_khz\":{},\"source\":\"{source}\"}}",
         clock::tsc_khz()
     );
-    let ram = Ram::of(&info, &args);
-    let pages = ram.into_pages(args.number("mem", 0) << 20);
-    match args.text("mode") {
-        Some("smoke") => smoke::run(&args, &pages),
-        _ => dirty(args, pages),
+    let mut ram = Ram::of(&info, &args);
+    let mem = args.number("mem", 0) << 20;
+    if args.text("mode") == Some("smoke") {
+        smoke::run(&args, &ram.into_pages(mem));
     }
+    let nics = Nics::find(&args, &mut ram);
+    dirty(args, ram.into_pages(mem), nics)
 }
 
 /// `mode=dirty`.
-fn dirty(args: Args<'_>, pages: Pages) -> ! {
+fn dirty(args: Args<'_>, pages: Pages, mut nics: Nics) -> ! {
     let from = cpu::tsc();
     dirty::fill_share(&pages);
     let ms = clock::to_us(cpu::tsc() - from) / 1000;
@@ -102,12 +114,13 @@ fn dirty(args: Args<'_>, pages: Pages) -> ! {
         dirty::assign(cpu, share(index));
     }
     let mut worker = Worker::new(0, share(0));
+    nics.start();
     say!("READY {{\"pages\":{count},\"cpus\":{cpus}}}");
     let mut monitor = Monitor::new(args, cpus, cpu::tsc());
     loop {
         let now = clock::beat(0);
-        let busy = worker.step(now);
-        monitor.step(now);
+        let busy = worker.step(now) | nics.poll(now);
+        monitor.step(now, &mut nics);
         if !serial::pump() && !busy {
             worker.rest();
         }

@@ -1,9 +1,13 @@
 //! Who owns which RAM: DMA buffers first, the verified pages from the rest.
 
+use core::ptr::without_provenance_mut;
+
 use native_guest::args::Args;
 use native_guest::pattern::{PAGE_BYTES, Page};
+use native_guest::sequence::Tracker;
 
 use crate::boot_info::{StartInfo, usize_of};
+use crate::mmio::Mmio;
 use crate::paging;
 
 /// Most stretches of RAM kept; maps have two or three.
@@ -22,6 +26,22 @@ struct Stretch {
     base: u64,
     len: u64,
 }
+
+/// Types for which memory of zero bits holds a value.
+///
+/// # Safety
+/// Zero bits must be a valid value, and its alignment at most a page.
+pub(crate) unsafe trait Zeroable {}
+// SAFETY: integers.
+unsafe impl Zeroable for u8 {}
+// SAFETY: integers.
+unsafe impl Zeroable for u16 {}
+// SAFETY: integers.
+unsafe impl Zeroable for u32 {}
+// SAFETY: integers.
+unsafe impl Zeroable for u64 {}
+// SAFETY: made of integers only; zero bits are its start, as it documents.
+unsafe impl Zeroable for Tracker {}
 
 /// RAM nobody has taken yet.
 pub(crate) struct Ram {
@@ -60,9 +80,31 @@ impl Ram {
         }
     }
 
-    /// Takes `bytes` in one piece, page aligned, from the largest stretch.
+    /// Takes zeroed memory for a device, in one piece, page aligned.
+    pub(crate) fn take_dma(&mut self, bytes: u64) -> Option<Mmio> {
+        let base = self.take(bytes)?;
+        // SAFETY: mapped by `add`; `take` gave it to nobody else.
+        let memory = unsafe { Mmio::new(base, bytes) };
+        (0..bytes / 8).for_each(|word| memory.write(word * 8, 0u64));
+        Some(memory)
+    }
+
+    /// Takes memory for `count` values, zeroed.
+    pub(crate) fn take_slice<T: Zeroable>(&mut self, count: u64) -> Option<&'static mut [T]> {
+        let bytes = (size_of::<T>() as u64).checked_mul(count)?;
+        let base = without_provenance_mut::<T>(usize_of(self.take(bytes)?));
+        let count = usize_of(count);
+        // SAFETY: RAM mapped by `add` and given to nobody else, for ever; page
+        // aligned; zeroed first, and zero bits are a valid `T` (`Zeroable`).
+        unsafe {
+            base.write_bytes(0, count);
+            Some(core::slice::from_raw_parts_mut(base, count))
+        }
+    }
+
+    /// Takes `bytes`, page aligned, off the end of the largest stretch.
     /// Nobody else is ever given them.
-    pub(crate) fn take(&mut self, bytes: u64) -> Option<u64> {
+    fn take(&mut self, bytes: u64) -> Option<u64> {
         let bytes = bytes.next_multiple_of(PAGE_BYTES);
         let largest = self
             .stretches

@@ -1,11 +1,13 @@
 //! What the guest tells and hears over the serial port while it works.
 
 use core::fmt::{self, Write};
+use core::sync::atomic::Ordering::Relaxed;
 
 use native_guest::args::Args;
 
 use crate::clock::{from_ms, reset_gaps, take_gaps, to_us, tsc_khz};
 use crate::dirty::progress;
+use crate::net::Nics;
 use crate::serial::{heard, say, say_with};
 use crate::{audit, power};
 
@@ -46,27 +48,27 @@ impl<'a> Monitor<'a> {
     }
 
     /// Does what is due at `now`.
-    pub(crate) fn step(&mut self, now: u64) {
+    pub(crate) fn step(&mut self, now: u64, nics: &mut Nics) {
         if now >= self.next_tick {
-            self.tick(now);
+            self.tick(now, nics);
             self.next_tick = now + from_ms(self.args.number("tick", 1000));
         }
         if now >= self.next_listen {
             self.next_listen = now + from_ms(self.args.number("listen", 20));
             if let Some(byte) = heard() {
-                self.obey(byte, now);
+                self.obey(byte, now, nics);
             }
         }
-        self.watch_audit(now);
+        self.watch_audit(now, nics);
     }
 
     /// `v` audits all memory, `r` forgets the longest gap, `q` ends.
-    fn obey(&mut self, byte: u8, now: u64) {
+    fn obey(&mut self, byte: u8, now: u64, nics: &mut Nics) {
         match byte {
-            b'v' => self.start_audit(now),
+            b'v' => self.start_audit(now, nics),
             b'r' => (0..self.cpus).for_each(reset_gaps),
             b'q' => {
-                self.tick(now);
+                self.tick(now, nics);
                 say!("DONE");
                 power::off(&self.args);
             }
@@ -74,30 +76,37 @@ impl<'a> Monitor<'a> {
         }
     }
 
-    fn start_audit(&mut self, now: u64) {
+    fn start_audit(&mut self, now: u64, nics: &mut Nics) {
         if self.audit_since.is_none() {
             self.audit_since = Some(now);
+            nics.iter_mut().for_each(|nic| nic.pool().start_audit());
             audit::ask();
         }
     }
 
-    fn watch_audit(&mut self, now: u64) {
+    fn watch_audit(&mut self, now: u64, nics: &mut Nics) {
         if let Some(since) = self.audit_since {
-            if let Some((pages, corrupt)) = audit::result(self.cpus as u64) {
+            // Not `any`: every NIC takes a step.
+            let at_work = nics
+                .iter_mut()
+                .fold(false, |busy, nic| nic.pool().audit_step() | busy);
+            let result = audit::result(self.cpus as u64);
+            if let (false, Some((pages, corrupt))) = (at_work, result) {
                 self.audit_since = None;
                 let ms = to_us(now - since) / 1000;
-                say!("VERIFY {{\"pages\":{pages},\"corrupt\":{corrupt},\"ms\":{ms}}}");
+                let kept: u64 = nics.iter_mut().map(|nic| nic.pool().audited).sum();
+                let kept_corrupt: u64 = nics.iter_mut().map(|nic| nic.pool().corrupt).sum();
+                say!(
+                    "VERIFY {{\"pages\":{pages},\"corrupt\":{corrupt},\"rx_pages\":{kept},\"rx_pages_corrupt\":{kept_corrupt},\"ms\":{ms}}}"
+                );
             }
-        } else if self.audit_every != 0
-            && progress(0).pass.load(core::sync::atomic::Ordering::Relaxed) >= self.next_audit_pass
-        {
+        } else if self.audit_every != 0 && progress(0).pass.load(Relaxed) >= self.next_audit_pass {
             self.next_audit_pass += self.audit_every;
-            self.start_audit(now);
+            self.start_audit(now, nics);
         }
     }
 
-    fn tick(&mut self, now: u64) {
-        use core::sync::atomic::Ordering::Relaxed;
+    fn tick(&mut self, now: u64, nics: &mut Nics) {
         self.ticks += 1;
         let pages: u64 = (0..self.cpus)
             .map(|cpu| progress(cpu).pages.load(Relaxed))
@@ -121,6 +130,7 @@ impl<'a> Monitor<'a> {
                 to_us(max_gap),
             )?;
             write_cpus(line, cpus)?;
+            write_nics(line, nics)?;
             write!(line, "}}")
         });
         self.pages_before = pages;
@@ -137,9 +147,7 @@ fn write_cpus(line: &mut dyn Write, cpus: usize) -> fmt::Result {
     for cpu in 1..cpus {
         let (gap, max_gap) = take_gaps(cpu);
         let separator = if cpu == 1 { "" } else { "," };
-        let pages = progress(cpu)
-            .pages
-            .load(core::sync::atomic::Ordering::Relaxed);
+        let pages = progress(cpu).pages.load(Relaxed);
         let (gap, max_gap) = (to_us(gap), to_us(max_gap));
         write!(
             line,
@@ -147,6 +155,20 @@ fn write_cpus(line: &mut dyn Write, cpus: usize) -> fmt::Result {
         )?;
     }
     write!(line, "]")
+}
+
+fn write_nics(line: &mut dyn Write, nics: &mut Nics) -> fmt::Result {
+    let mut opening = ",\"nics\":[";
+    for nic in nics.iter_mut() {
+        write!(line, "{opening}")?;
+        nic.report(line)?;
+        opening = ",";
+    }
+    if opening == "," {
+        write!(line, "]")
+    } else {
+        Ok(())
+    }
 }
 
 fn tenths_of_mib_per_second(kib: u64, cycles: u64) -> u64 {
