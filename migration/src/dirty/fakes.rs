@@ -8,17 +8,21 @@ use crate::addr::{Iova, IovaRange, PageSize};
 use crate::iova_bitmap::IovaBitmap;
 use crate::source::{DirtyError, DirtySource, Precision};
 
-/// The writes of a [`FakeSource`] not yet reported, as ranges.
-pub(super) type Writes = Arc<Mutex<Vec<IovaRange>>>;
+/// What a test tells a [`FakeSource`].
+#[derive(Clone, Debug, Default)]
+pub(super) struct Script {
+    /// Writes not yet reported.
+    pub(super) writes: Vec<IovaRange>,
+    /// The first address of the window whose next report fails, and loses what it took.
+    pub(super) fail_at: Option<Iova>,
+}
 
-/// Reports the ranges put into its `writes`, at its own page size.
+/// Reports the ranges its script has, at its own page size.
 #[derive(Debug)]
 pub(super) struct FakeSource {
     id: String,
     page: PageSize,
-    writes: Writes,
-    /// Fails the report of the window with this first address, after having reported.
-    pub(super) fail_at: Option<Iova>,
+    script: Arc<Mutex<Script>>,
 }
 
 impl FakeSource {
@@ -26,13 +30,20 @@ impl FakeSource {
         Self {
             id: id.to_owned(),
             page,
-            writes: Writes::default(),
-            fail_at: None,
+            script: Arc::default(),
         }
     }
 
-    pub(super) fn writes(&self) -> Writes {
-        Arc::clone(&self.writes)
+    pub(super) fn script(&self) -> Arc<Mutex<Script>> {
+        Arc::clone(&self.script)
+    }
+
+    fn failed(&self, cause: Box<dyn std::error::Error + Send + Sync>) -> DirtyError {
+        DirtyError::Backend {
+            source_id: self.id.clone(),
+            operation: "report",
+            cause,
+        }
     }
 }
 
@@ -50,7 +61,7 @@ impl DirtySource for FakeSource {
     }
 
     fn start(&mut self, _ranges: &[IovaRange]) -> Result<(), DirtyError> {
-        self.writes.lock().clear();
+        self.script.lock().writes.clear();
         Ok(())
     }
 
@@ -59,33 +70,24 @@ impl DirtySource for FakeSource {
         let base = Iova(window.first().0 & !(self.page.bytes() - 1));
         let own = IovaRange::from_ends(base, window.last()).unwrap();
         let mut log = IovaBitmap::over(own, self.page).unwrap();
-        self.writes.lock().retain(|write| {
+        let mut script = self.script.lock();
+        script.writes.retain(|write| {
             let inside = write.intersection(window).is_some();
             if inside {
                 log.set_range(*write);
             }
             !inside
         });
-        bitmap
-            .or_words(base, self.page, log.words())
-            .map_err(|error| self.failed(Box::new(error)))?;
-        if self.fail_at == Some(window.first()) {
+        if script.fail_at == Some(window.first()) {
+            script.fail_at = None;
             return Err(self.failed("unplugged".into()));
         }
-        Ok(())
+        bitmap
+            .or_words(base, self.page, log.words())
+            .map_err(|error| self.failed(Box::new(error)))
     }
 
     fn stop(&mut self) -> Result<(), DirtyError> {
         Ok(())
-    }
-}
-
-impl FakeSource {
-    fn failed(&self, cause: Box<dyn std::error::Error + Send + Sync>) -> DirtyError {
-        DirtyError::Backend {
-            source_id: self.id.clone(),
-            operation: "report",
-            cause,
-        }
     }
 }

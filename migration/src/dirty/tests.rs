@@ -114,8 +114,8 @@ fn what_two_sources_wrote_is_sent_once() {
     let mut dirty = guest();
     let vcpu = FakeSource::new("vcpu", PageSize::SIZE_4K);
     let nic = FakeSource::new("nic0", PageSize::new(16 * PAGE).unwrap());
-    vcpu.writes().lock().push(page_range(20 * PAGE, 2));
-    nic.writes().lock().push(page_range(21 * PAGE, 1));
+    vcpu.script().lock().writes.push(page_range(20 * PAGE, 2));
+    nic.script().lock().writes.push(page_range(21 * PAGE, 1));
     let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(vcpu), Box::new(nic)];
     let reports = dirty.collect(&mut sources).unwrap();
     let said: Vec<_> = reports
@@ -137,13 +137,13 @@ fn what_two_sources_wrote_is_sent_once() {
 fn pages_in_flight_come_back() {
     let mut dirty = guest();
     let vcpu = FakeSource::new("vcpu", PageSize::SIZE_4K);
-    let writes = vcpu.writes();
+    let script = vcpu.script();
     let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(vcpu)];
-    writes.lock().push(page_range(0, 3));
+    script.lock().writes.push(page_range(0, 3));
     dirty.collect(&mut sources).unwrap();
     assert_eq!(dirty.next_run(PAGE), Some(run(0, 1)));
     // Written again while in flight: dirty and in flight.
-    writes.lock().push(page_range(0, 1));
+    script.lock().writes.push(page_range(0, 1));
     dirty.collect(&mut sources).unwrap();
     assert_eq!((dirty.dirty_pages(), dirty.in_flight_pages()), (3, 1));
     dirty.next_run(2 * PAGE);
@@ -155,18 +155,18 @@ fn pages_in_flight_come_back() {
 #[test]
 fn a_failed_report_makes_everything_dirty() {
     let mut dirty = guest();
-    let mut broken = FakeSource::new("nic0", PageSize::SIZE_4K);
-    broken.fail_at = Some(Iova(HIGH.gpa.0));
-    broken.writes().lock().push(page_range(0, 1));
+    let broken = FakeSource::new("nic0", PageSize::SIZE_4K);
+    broken.script().lock().fail_at = Some(Iova(HIGH.gpa.0));
+    broken.script().lock().writes.push(page_range(0, 1));
     let other = FakeSource::new("vcpu", PageSize::SIZE_4K);
-    let unasked = other.writes();
-    unasked.lock().push(page_range(PAGE, 1));
+    let unasked = other.script();
+    unasked.lock().writes.push(page_range(PAGE, 1));
     let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(broken), Box::new(other)];
     let error = dirty.collect(&mut sources).unwrap_err();
     assert!(matches!(error, DirtyError::Backend { source_id, .. } if source_id == "nic0"));
     assert_eq!(dirty.dirty_pages(), dirty.total_pages());
     assert_eq!(
-        unasked.lock().len(),
+        unasked.lock().writes.len(),
         1,
         "what was not asked is still at its source"
     );
