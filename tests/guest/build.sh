@@ -1,9 +1,9 @@
 #!/bin/sh
 # build.sh OUT.elf: builds the native guest with the host's own toolchain.
 #
-# The flags are given here and not in .cargo/config.toml so that the library
-# half stays an ordinary crate: `cargo test --lib` in this folder just works.
-# --target is named so that the flags do not reach the build script.
+# The flags are given here and not in .cargo/config.toml so that `cargo clippy`
+# and editors treat this folder like any other. --target is named so that the
+# flags do not reach the build script.
 set -eu
 out=${1:?usage: build.sh OUT.elf}
 here=$(cd "$(dirname "$0")" && pwd)

@@ -3,7 +3,7 @@
 use core::arch::x86_64::__cpuid;
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use native_guest::args::Args;
+use guest_logic::args::Args;
 
 use crate::cpu::{inb, outb, tsc, write_msr};
 use crate::smp::MAX_CPUS;

@@ -7,7 +7,7 @@
 
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 
-use native_guest::pattern::{PAGE_BYTES, fill, is_intact, is_stamped, stamp};
+use guest_logic::pattern::{PAGE_BYTES, fill, is_intact, is_stamped, stamp};
 
 use crate::audit::Audit;
 use crate::clock::{beat, reset_gaps, tsc_khz};

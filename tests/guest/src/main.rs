@@ -1,5 +1,10 @@
-//! The native guest: see the crate's library for what it is, `build.sh` for
-//! how it is built, and below for what it takes.
+//! The native guest: a bare-metal program that dirties and verifies its memory
+//! and drives virtio-net, where no operating system runs at full speed.
+//! `build.sh` builds it; its pure half is in `../guest_logic`.
+//!
+//! It enters by PVH and spends its life in ring 3 (`boot.s` says why), with
+//! memory identity mapped. Each CPU loops: dirty some pages (`dirty`), and
+//! CPU 0 also serves NICs (`net`), speaks and listens (`monitor`).
 //!
 //! # Command line
 //! Words `key=value`:
@@ -59,7 +64,7 @@ mod traps;
 
 use core::fmt::Write;
 
-use native_guest::args::Args;
+use guest_logic::args::Args;
 
 use crate::boot_info::{COMMAND_LINE_BYTES, StartInfo, usize_of};
 use crate::dirty::{Rate, Share, Worker};

@@ -2,9 +2,9 @@
 
 use core::ptr::without_provenance_mut;
 
-use native_guest::args::Args;
-use native_guest::pattern::{PAGE_BYTES, Page};
-use native_guest::sequence::Tracker;
+use guest_logic::args::Args;
+use guest_logic::pattern::{PAGE_BYTES, Page};
+use guest_logic::sequence::Tracker;
 
 use crate::boot_info::{StartInfo, usize_of};
 use crate::mmio::Mmio;

@@ -3,7 +3,7 @@
 use core::fmt::{self, Write};
 use core::sync::atomic::Ordering::Relaxed;
 
-use native_guest::args::Args;
+use guest_logic::args::Args;
 
 use crate::clock::{from_ms, reset_gaps, take_gaps, to_us, tsc_khz};
 use crate::dirty::progress;

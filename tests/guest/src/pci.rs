@@ -1,6 +1,6 @@
 //! PCI configuration space, by ports 0xcf8/0xcfc or by ECAM.
 
-use native_guest::args::Args;
+use guest_logic::args::Args;
 
 use crate::cpu::{inl, outl};
 use crate::mmio::Mmio;

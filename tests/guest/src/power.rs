@@ -1,6 +1,6 @@
 //! How the guest ends.
 
-use native_guest::args::Args;
+use guest_logic::args::Args;
 
 use crate::cpu::{halt, outb, outw, shut_down, tsc};
 use crate::serial::flush;

@@ -1,7 +1,7 @@
 //! `mode=smoke`: does the machine do what the guest builds on?
 
-use native_guest::args::Args;
-use native_guest::pattern;
+use guest_logic::args::Args;
+use guest_logic::pattern;
 
 use crate::clock::{from_ms, to_us};
 use crate::cpu::{halt, read_msr, tsc, visit_ring0};

@@ -5,7 +5,7 @@ mod nic;
 mod pool;
 mod queue;
 
-use native_guest::args::Args;
+use guest_logic::args::Args;
 
 use crate::memory::Ram;
 use crate::pci::Access;

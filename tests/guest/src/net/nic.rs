@@ -2,11 +2,11 @@
 
 use core::fmt;
 
-use native_guest::args::Args;
-use native_guest::frame::{self, Headers, arp_reply};
-use native_guest::packet::{self, Payload};
-use native_guest::rss::{self, Verdict};
-use native_guest::sequence::{Arrival, Tracker};
+use guest_logic::args::Args;
+use guest_logic::frame::{self, Headers, arp_reply};
+use guest_logic::packet::{self, Payload};
+use guest_logic::rss::{self, Verdict};
+use guest_logic::sequence::{Arrival, Tracker};
 
 use crate::clock::{from_ms, to_us};
 use crate::cpu::tsc;

@@ -1,10 +1,10 @@
-//! What the native guest and the host's tests must agree on.
+//! The native guest's pure half, and what the host's tests must agree on with it.
 //!
-//! The native guest (`src/main.rs`, built by `build.sh`) is a bare-metal
-//! program that stands in for an operating system where none can run at full
-//! speed: it dirties its memory at a set rate, knows at each moment what every
-//! page must contain, and drives virtio-net functions. This library holds its
-//! pure half, which runs anywhere and is tested on the host:
+//! The native guest (`tests/guest`) is a bare-metal program that stands in for an operating
+//! system where none can run at full speed: it dirties its memory at a set rate, knows at each
+//! moment what every page must contain, and drives virtio-net functions. It is linked with flags
+//! of its own and therefore its own workspace; what of it runs anywhere is here, where it is
+//! tested, and where the host finds the packets' format:
 //!
 //! - [`args`]: the command line's `key=value` words.
 //! - [`pattern`]: a page's content, as a function of its address and how often
