@@ -1,5 +1,184 @@
-//! System-call filters.
+//! System-call filters: each kind of thread may make the calls it needs and no others.
+//!
+//! A guest that breaks out of its virtual CPU or a device into Ferry's address space finds that the
+//! thread it broke into can do little more than what it did before. [`Filters`] holds one compiled
+//! program per [`ThreadKind`]; [`Filters::spawner`] starts threads that are confined before their
+//! first line of code, and [`Filters::confine`] confines the thread it is called on, which is how
+//! `main` confines itself last.
+//!
+//! A thread inherits the filter of the thread that starts it, in addition to its own, so a thread
+//! that starts others is allowed whatever they are. `profile.rs` is the one table of who may do
+//! what.
+//!
+//! A forbidden call ends the process ([`FORBIDDEN_CALL_STATUS`]) with a line on standard error that
+//! names thread, kind and call.
 
+mod filter;
+mod handler;
 mod mode;
+mod names;
+mod profile;
 
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+
+use devices::{ThreadKind, ThreadSpawner};
+use seccompiler::{BackendError, BpfProgram};
+use thiserror::Error;
+
+pub use handler::FORBIDDEN_CALL_STATUS;
 pub use mode::{SeccompMode, SeccompModeError};
+
+/// All kinds of threads.
+const KINDS: &[ThreadKind] = &[
+    ThreadKind::Vmm,
+    ThreadKind::Vcpu,
+    ThreadKind::Api,
+    ThreadKind::MigrationSend,
+    ThreadKind::MigrationReceive,
+    ThreadKind::VirtioNet,
+    ThreadKind::VirtioNetControl,
+    ThreadKind::VirtioConsole,
+    ThreadKind::VirtioRng,
+    ThreadKind::Serial,
+    ThreadKind::VfioUser,
+    ThreadKind::Signal,
+    ThreadKind::EventMonitor,
+];
+
+/// Why a thread could not be confined.
+#[derive(Debug, Error)]
+pub enum SeccompError {
+    /// A profile names a system call this architecture does not have.
+    #[error(
+        "system call `{name}` of a seccomp profile is unknown; correct vmm/src/seccomp/profile.rs"
+    )]
+    UnknownCall {
+        /// The name.
+        name: &'static str,
+    },
+    /// A profile makes no program.
+    #[error(
+        "the seccomp profile of {kind:?} threads does not compile; correct vmm/src/seccomp/profile.rs"
+    )]
+    Compile {
+        /// The kind of thread.
+        kind: ThreadKind,
+        /// The compiler's reason.
+        #[source]
+        source: BackendError,
+    },
+    /// The kernel did not take the program.
+    #[error(
+        "the kernel refused the seccomp filter of {kind:?} threads; a kernel without CONFIG_SECCOMP_FILTER needs --seccomp false"
+    )]
+    Install {
+        /// The kind of thread.
+        kind: ThreadKind,
+        /// The kernel's reason.
+        #[source]
+        source: seccompiler::Error,
+    },
+    /// `SIGSYS` could not be caught.
+    #[error("cannot handle SIGSYS")]
+    Signal(#[source] io::Error),
+    /// The allocator could not be prepared.
+    #[error("cannot start a thread to prepare the allocator")]
+    Prepare(#[source] io::Error),
+    /// There is no program for the kind: it is missing in this module's list.
+    #[error(
+        "there is no seccomp filter for {kind:?} threads; add the kind to vmm/src/seccomp/mod.rs"
+    )]
+    NoFilter {
+        /// The kind of thread.
+        kind: ThreadKind,
+    },
+}
+
+/// The filters of all kinds of threads, compiled. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Filters {
+    mode: SeccompMode,
+    programs: Arc<HashMap<ThreadKind, BpfProgram>>,
+}
+
+impl Filters {
+    /// Compiles all filters for `mode`, and catches `SIGSYS` if they are to be enforced. To be
+    /// called early in `main`, before much memory has been allocated.
+    ///
+    /// # Errors
+    /// [`SeccompError`] if a profile is wrong or the signal cannot be caught.
+    pub fn new(mode: SeccompMode) -> Result<Self, SeccompError> {
+        if mode == SeccompMode::Enforce {
+            handler::install().map_err(SeccompError::Signal)?;
+        }
+        if mode != SeccompMode::Off {
+            prepare_allocator().map_err(SeccompError::Prepare)?;
+        }
+        let programs = KINDS
+            .iter()
+            .map(|kind| Ok((*kind, filter::compile(*kind, mode)?)))
+            .collect::<Result<_, SeccompError>>()?;
+        Ok(Self {
+            mode,
+            programs: Arc::new(programs),
+        })
+    }
+
+    /// Confines the calling thread for good. Does nothing if filters are off.
+    ///
+    /// # Errors
+    /// [`SeccompError`] if the kernel refuses.
+    pub fn confine(&self, kind: ThreadKind) -> Result<(), SeccompError> {
+        if self.mode == SeccompMode::Off {
+            return Ok(());
+        }
+        handler::set_kind(name(kind));
+        handler::unblock().map_err(SeccompError::Signal)?;
+        let program = self
+            .programs
+            .get(&kind)
+            .ok_or(SeccompError::NoFilter { kind })?;
+        seccompiler::apply_filter(program).map_err(|source| SeccompError::Install { kind, source })
+    }
+
+    /// A spawner whose threads are confined before they do anything else.
+    pub fn spawner(&self) -> ThreadSpawner {
+        let filters = self.clone();
+        ThreadSpawner::new(move |kind| filters.confine(kind).map_err(io::Error::other))
+    }
+}
+
+/// Makes glibc's allocator read `/proc/sys/vm/overcommit_memory` now. It does so once per process,
+/// when a thread other than the main one first gives memory back, and later that thread would be
+/// confined and may open nothing.
+fn prepare_allocator() -> io::Result<()> {
+    // Each block is smaller than what is mapped by itself (128 KiB), together they are more than
+    // what is kept (128 KiB too).
+    let give_back = || drop(std::hint::black_box(vec![vec![1u8; 100 << 10]; 8]));
+    let thread = std::thread::Builder::new().spawn(give_back)?;
+    thread.join().map_err(|_| io::ErrorKind::Other.into())
+}
+
+/// A kind's name, for messages.
+fn name(kind: ThreadKind) -> &'static str {
+    match kind {
+        ThreadKind::Vmm => "vmm",
+        ThreadKind::Vcpu => "vcpu",
+        ThreadKind::Api => "api",
+        ThreadKind::MigrationSend => "migration-send",
+        ThreadKind::MigrationReceive => "migration-receive",
+        ThreadKind::VirtioNet => "virtio-net",
+        ThreadKind::VirtioNetControl => "virtio-net-control",
+        ThreadKind::VirtioConsole => "virtio-console",
+        ThreadKind::VirtioRng => "virtio-rng",
+        ThreadKind::Serial => "serial",
+        ThreadKind::VfioUser => "vfio-user",
+        ThreadKind::Signal => "signal",
+        ThreadKind::EventMonitor => "event-monitor",
+    }
+}
