@@ -6,6 +6,8 @@
 //!   [`activate`](VirtioDevice::activate) with queues, features and a way to raise interrupts,
 //!   and to give the queues back.
 //! * [`transport`]: [`VirtioPciDevice`], any such device as a PCI function.
+//! * [`net`]: the network card.
+//! * [`console`]: the console.
 //! * [`rng`]: the entropy device.
 //!
 //! # Threads
@@ -18,7 +20,9 @@
 //! Whatever it does to rings, descriptors and registers, the device neither panics nor loops: it
 //! stops, sets `DEVICE_NEEDS_RESET` and logs why.
 
+pub mod console;
 pub mod device;
+pub mod net;
 mod poll;
 pub mod queue;
 pub mod rng;
@@ -26,8 +30,13 @@ mod server;
 pub mod transport;
 mod worker;
 
+#[cfg(test)]
+mod testing;
+
+pub use console::Console;
 pub use device::{
     Activation, ActiveQueue, DeviceError, DeviceInterrupt, DeviceType, VirtioDevice, feature,
 };
+pub use net::{Net, NetBackend, NetCounters, NetError, NetOptions, NetTotals};
 pub use rng::Rng;
 pub use transport::{TransportError, VirtioPciDevice, VirtioPciParts};

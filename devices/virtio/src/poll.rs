@@ -41,6 +41,17 @@ impl Poll {
         self.add(event_fd(event), token, EventFlags::IN)
     }
 
+    /// Watches `file` for other events, and looks at once whether one holds, also if it is
+    /// edge-triggered.
+    pub(crate) fn rearm(&self, file: impl AsFd, token: u64, events: EventFlags) -> io::Result<()> {
+        Ok(epoll::modify(
+            &self.epoll,
+            file,
+            EventData::new_u64(token),
+            events,
+        )?)
+    }
+
     /// Waits for events, not at all if `busy`, and hands each to `each`.
     pub(crate) fn wait(
         &mut self,

@@ -115,19 +115,7 @@ impl Chain {
         offset: u32,
         data: &mut [u8],
     ) -> Result<usize, RingError> {
-        let mut done = 0;
-        for (segment, skip) in overlapping(&self.readable, offset) {
-            let rest = data.get_mut(done..).unwrap_or_default();
-            let take = rest.len().min(to_usize(segment.len - skip));
-            let Some(rest) = rest.get_mut(..take).filter(|r| !r.is_empty()) else {
-                break;
-            };
-            memory
-                .read_slice(rest, within(segment, skip)?)
-                .map_err(|_| buffer_error(segment))?;
-            done += take;
-        }
-        Ok(done)
+        read_segments(&self.readable, memory, offset, data)
     }
 
     /// Copies `data` to the writable bytes from `offset` on; how many fitted.
@@ -230,6 +218,28 @@ fn indirect_len(
         return Err(RingError::Indirect("table length is no multiple of 16"));
     }
     Ok(descriptor.len / STEP)
+}
+
+/// Copies the bytes of `segments` from `offset` on into `data`; how many there were.
+pub(crate) fn read_segments<'a>(
+    segments: impl IntoIterator<Item = &'a Segment>,
+    memory: &GuestMemory,
+    offset: u32,
+    data: &mut [u8],
+) -> Result<usize, RingError> {
+    let mut done = 0;
+    for (segment, skip) in overlapping(segments, offset) {
+        let rest = data.get_mut(done..).unwrap_or_default();
+        let take = rest.len().min(to_usize(segment.len - skip));
+        let Some(rest) = rest.get_mut(..take).filter(|r| !r.is_empty()) else {
+            break;
+        };
+        memory
+            .read_slice(rest, within(segment, skip)?)
+            .map_err(|_| buffer_error(segment))?;
+        done += take;
+    }
+    Ok(done)
 }
 
 /// Copies `data` to the bytes of `segments` from `offset` on; how many fitted.

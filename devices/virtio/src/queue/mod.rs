@@ -8,6 +8,8 @@
 //! that polls must never see half a packet), and `VRING_AVAIL_F_NO_INTERRUPT` is honoured.
 
 mod chain;
+#[cfg(test)]
+mod tests;
 
 use std::num::Wrapping;
 use std::sync::atomic::{Ordering, fence};
@@ -16,8 +18,8 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryError, Permissions};
 use vm_migration::memory::GuestMemory;
 
-pub(crate) use chain::to_usize;
 pub use chain::{Chain, Segment};
+pub(crate) use chain::{buffer_error, read_segments, to_usize, write_segments};
 
 /// Largest queue size there is (virtio 1.2, section 2.7).
 pub const MAX_QUEUE_SIZE: u16 = 32768;

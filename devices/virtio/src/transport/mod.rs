@@ -29,6 +29,8 @@ mod common;
 mod interrupt;
 mod layout;
 mod state;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::sync::Arc;

@@ -1,0 +1,356 @@
+//! Network card (virtio 1.2, section 5.1) on the queues of a tap.
+//!
+//! Each queue pair has a worker thread that moves packets between the guest's buffers and one
+//! queue of the tap, without a copy: `readv` and `writev` go straight to guest memory. What a
+//! `readv` wrote is logged for live migration by hand, since guest memory's own log sees only
+//! writes made through it. A further thread serves the control queue.
+//!
+//! # Hash reports
+//! With [`NetOptions::hash_report`] the device offers `VIRTIO_NET_F_HASH_REPORT`. Only if the
+//! driver takes it, headers have 20 bytes (the tap is told at activation), and each received
+//! packet's hash is calculated with the driver's key and types and put there. Otherwise the
+//! receive path is compiled without any of it and headers are the plain 12 bytes.
+//!
+//! # Migration
+//! The state is what the driver set on the control queue. A destination sets header size,
+//! offloads and attached queues on its own tap at activation, and asks a driver that negotiated
+//! `VIRTIO_NET_F_GUEST_ANNOUNCE` to announce itself, so that switches learn the new place.
+
+mod backend;
+mod buffers;
+mod counters;
+mod ctrl;
+pub mod features;
+mod header;
+mod pair;
+mod runtime;
+mod rx;
+mod tx;
+mod workers;
+
+use std::sync::Arc;
+
+use net_util::config::NetConfig;
+use net_util::ctrl::MqLimits;
+use net_util::hash::HashTypes;
+use net_util::header::HeaderSize;
+use net_util::tap::Offloads;
+use zerocopy::IntoBytes;
+use zerocopy::little_endian::U16;
+
+pub use backend::NetBackend;
+pub use counters::{NetCounters, NetTotals};
+
+use crate::device::{
+    Activation, DeviceError, DeviceType, VirtioDevice, feature, read_config_bytes,
+};
+use crate::queue::{MAX_QUEUE_SIZE, Queue};
+use runtime::{NetState, Runtime, STATE_VERSION, Shared};
+use workers::Workers;
+
+/// Most queue pairs: with the control queue they still fit the transport's 255 queues.
+pub const MAX_PAIRS: u16 = 127;
+/// Size of the control queue.
+const CTRL_QUEUE_SIZE: u16 = 64;
+/// Bytes of the configuration the driver sees: all up to `supported_hash_types`.
+const CONFIG_LEN: u16 = 24;
+
+/// How a network card is configured.
+#[derive(Clone, Debug)]
+pub struct NetOptions {
+    /// Identifier in the VM's configuration.
+    pub id: String,
+    /// Hardware address of the guest's end.
+    pub mac: [u8; 6],
+    /// Largest payload of a frame in bytes, if the guest is to be told.
+    pub mtu: Option<u16>,
+    /// Largest size of each receive and transmit queue, a power of two.
+    pub queue_size: u16,
+    /// Whether large packets and packets without checksums may be exchanged with the host: true
+    /// for taps.
+    pub offloads: bool,
+    /// Whether hash reports are offered.
+    pub hash_report: bool,
+}
+
+/// Why a network card could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// There are no queue pairs, or too many.
+    #[error("{id}: {pairs} queue pairs; 1 to {MAX_PAIRS} are possible")]
+    Pairs {
+        /// Which card.
+        id: String,
+        /// How many were asked for.
+        pairs: usize,
+    },
+    /// The queue size is not possible.
+    #[error("{id}: queue size {size}; powers of two from 2 to {MAX_QUEUE_SIZE} are possible")]
+    QueueSize {
+        /// Which card.
+        id: String,
+        /// What was asked for.
+        size: u16,
+    },
+}
+
+/// The network card.
+pub struct Net {
+    id: String,
+    mac: [u8; 6],
+    mtu: Option<u16>,
+    features: u64,
+    hash_report: bool,
+    queue_sizes: Vec<u16>,
+    max_pairs: u16,
+    shared: Arc<Shared>,
+    counters: Arc<NetCounters>,
+    workers: Option<Workers>,
+}
+
+impl Net {
+    /// A card with one queue pair for each of `backends`, which are queues of one interface.
+    ///
+    /// # Errors
+    /// See [`NetError`].
+    pub fn new(options: NetOptions, backends: Vec<Arc<dyn NetBackend>>) -> Result<Self, NetError> {
+        let NetOptions {
+            id,
+            mac,
+            mtu,
+            queue_size,
+            offloads,
+            hash_report,
+        } = options;
+        let pairs = backends.len();
+        let max_pairs = match u16::try_from(pairs) {
+            Ok(n) if (1..=MAX_PAIRS).contains(&n) => n,
+            _ => return Err(NetError::Pairs { id, pairs }),
+        };
+        if !queue_size.is_power_of_two() || !(2..=MAX_QUEUE_SIZE).contains(&queue_size) {
+            return Err(NetError::QueueSize {
+                id,
+                size: queue_size,
+            });
+        }
+        let mut queue_sizes = vec![queue_size; pairs * 2];
+        queue_sizes.push(CTRL_QUEUE_SIZE);
+        let mut offered = feature::VERSION_1
+            | feature::RING_INDIRECT_DESC
+            | feature::RING_EVENT_IDX
+            | features::MAC
+            | features::STATUS
+            | features::MRG_RXBUF
+            | features::CTRL_VQ
+            | features::GUEST_ANNOUNCE;
+        for (offer, bits) in [
+            (offloads, features::OFFLOADS | features::CTRL_GUEST_OFFLOADS),
+            (mtu.is_some(), features::MTU),
+            (max_pairs > 1, features::MQ),
+            (hash_report, features::HASH_REPORT),
+        ] {
+            if offer {
+                offered |= bits;
+            }
+        }
+        Ok(Self {
+            id,
+            mac,
+            mtu,
+            features: offered,
+            hash_report,
+            queue_sizes,
+            max_pairs,
+            shared: Arc::new(Shared::new(backends)),
+            counters: Arc::new(NetCounters::new(pairs)),
+            workers: None,
+        })
+    }
+
+    /// The card's counters, which stay readable when the card has been handed to a transport.
+    pub fn counters(&self) -> Arc<NetCounters> {
+        Arc::clone(&self.counters)
+    }
+
+    fn require_inactive(&self, operation: &'static str) -> Result<(), DeviceError> {
+        match self.workers {
+            None => Ok(()),
+            Some(_) => Err(DeviceError::WrongState {
+                device: self.id.clone(),
+                operation,
+                state: "active",
+            }),
+        }
+    }
+
+    fn config(&self) -> NetConfig {
+        let mut config = NetConfig {
+            mac: self.mac,
+            status: U16::new(self.shared.status()),
+            max_virtqueue_pairs: U16::new(self.max_pairs),
+            mtu: U16::new(self.mtu.unwrap_or(0)),
+            ..NetConfig::default()
+        };
+        if self.hash_report {
+            config.offer_hash(HashTypes::ALL);
+        }
+        config
+    }
+
+    /// Sets on the tap what was negotiated, and what the driver then changed.
+    fn prepare_backend(&self, features: u64) -> Result<(), DeviceError> {
+        let host = |operation| {
+            move |cause| DeviceError::Host {
+                device: self.id.clone(),
+                operation,
+                cause,
+            }
+        };
+        let runtime = self.shared.runtime();
+        let size = if features & features::HASH_REPORT != 0 {
+            HeaderSize::V1Hash
+        } else {
+            HeaderSize::V1
+        };
+        let offloads = runtime.offloads.unwrap_or(features) & features & features::GUEST_OFFLOADS;
+        if let Some(first) = self.shared.backends().first() {
+            first
+                .set_header(size)
+                .map_err(host("setting the size of packet headers"))?;
+            if self.features & features::OFFLOADS != 0 {
+                first
+                    .set_offloads(Offloads::from_guest_features(offloads))
+                    .map_err(host("setting the offloads"))?;
+            }
+        }
+        self.shared
+            .attach(runtime.pairs)
+            .map_err(host("attaching the queues in use"))
+    }
+
+    fn limits(&self, features: u64) -> MqLimits {
+        MqLimits {
+            max_pairs: self.max_pairs,
+            hash_types: HashTypes::ALL,
+            multi_queue: features & features::MQ != 0,
+            rss: false,
+            hash_report: features & features::HASH_REPORT != 0,
+        }
+    }
+}
+
+impl VirtioDevice for Net {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn device_type(&self) -> DeviceType {
+        DeviceType::Net
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn check_features(&self, features: u64) -> Result<(), &'static str> {
+        features::check(features)
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn config_len(&self) -> u16 {
+        CONFIG_LEN
+    }
+
+    fn read_config(&self, offset: u16, data: &mut [u8]) {
+        let config = self.config();
+        let bytes = config.as_bytes();
+        let visible = bytes.get(..usize::from(CONFIG_LEN)).unwrap_or(bytes);
+        read_config_bytes(visible, offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u16, _data: &[u8]) {
+        // Section 5.1.4: all fields are read-only for a driver of a modern device.
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        self.require_inactive("activate")?;
+        let features = activation.features;
+        self.prepare_backend(features)?;
+        let interrupt = Arc::clone(&activation.interrupt);
+        let workers = Workers::start(
+            &self.id,
+            activation,
+            self.limits(features),
+            &self.shared,
+            &self.counters,
+        )?;
+        self.workers = Some(workers);
+        if features & features::GUEST_ANNOUNCE == 0 {
+            self.shared.announced();
+        } else if self.shared.runtime().announce {
+            interrupt.config_changed();
+        }
+        Ok(())
+    }
+
+    fn deactivate(&mut self) -> Result<Vec<Queue>, DeviceError> {
+        match self.workers.take() {
+            Some(workers) => workers.stop(&self.id),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    fn reset(&mut self) {
+        // Dropping the workers joins them.
+        self.workers = None;
+        self.shared.replace(Runtime::default());
+    }
+
+    fn save(&self) -> Result<Vec<u8>, DeviceError> {
+        self.require_inactive("save")?;
+        let state = NetState {
+            version: STATE_VERSION,
+            mac: self.mac,
+            mtu: self.mtu,
+            runtime: self.shared.runtime(),
+        };
+        postcard::to_stdvec(&state).map_err(|error| DeviceError::BadState {
+            device: self.id.clone(),
+            reason: format!("cannot be written: {error}"),
+        })
+    }
+
+    fn restore(&mut self, state: &[u8]) -> Result<(), DeviceError> {
+        self.require_inactive("restore")?;
+        let bad = |reason: String| DeviceError::BadState {
+            device: self.id.clone(),
+            reason,
+        };
+        let (version, _) = postcard::take_from_bytes::<u16>(state)
+            .map_err(|error| bad(format!("no version: {error}")))?;
+        if version != STATE_VERSION {
+            return Err(bad(format!(
+                "version {version}, this build reads version {STATE_VERSION}"
+            )));
+        }
+        let state: NetState =
+            postcard::from_bytes(state).map_err(|error| bad(format!("malformed: {error}")))?;
+        state.check(self.max_pairs).map_err(bad)?;
+        if state.mtu != self.mtu {
+            return Err(bad(format!(
+                "the guest was told an MTU of {:?}, the device here has {:?}: configure the same",
+                state.mtu, self.mtu
+            )));
+        }
+        self.mac = state.mac;
+        self.shared.replace(Runtime {
+            // Switches know the guest at the source's port.
+            announce: true,
+            ..state.runtime
+        });
+        Ok(())
+    }
+}
