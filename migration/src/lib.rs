@@ -8,6 +8,8 @@ pub mod addr;
 pub mod dirty;
 pub mod iova_bitmap;
 pub mod memory;
+pub mod migrate;
+pub mod snapshot;
 pub mod source;
 pub mod state;
 
@@ -15,5 +17,6 @@ pub use addr::{Gpa, Iova, IovaRange, PageSize};
 pub use dirty::{GpaRun, GuestDirty, SourceReport, VmmWriteSource};
 pub use iova_bitmap::{BitmapError, IovaBitmap};
 pub use memory::{GuestMemory, MemoryHandle, RamRegion, WriteLog, mark_written};
+pub use snapshot::{SnapshotSink, SnapshotSource};
 pub use source::{DirtyError, DirtySource, Precision};
 pub use state::{Pause, PrecopyRead, SaveRestore, StateError, StateSink, StateSize, StateSource};

@@ -1,0 +1,185 @@
+//! How a migration is doing, for whoever asks.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use serde::Serialize;
+
+use super::phase::{DestinationPhase, SourcePhase};
+use crate::source::Precision;
+
+/// Which side, and where it is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[serde(tag = "side", content = "phase", rename_all = "kebab-case")]
+pub enum Side {
+    /// The guest leaves.
+    Source(SourcePhase),
+    /// The guest comes.
+    Destination(DestinationPhase),
+}
+
+/// What one writer of guest memory dirtied.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct SourceStatus {
+    /// The source's identifier.
+    pub id: String,
+    /// The size in bytes at which it tracks.
+    pub granularity: u64,
+    /// How exact it is.
+    pub precision: Precision,
+    /// Pages (of the manifest's page size) in its last report.
+    pub last_pages: u64,
+    /// Pages in all its reports.
+    pub total_pages: u64,
+    /// What its last report cost, in µs.
+    pub last_report_us: u64,
+}
+
+/// How long the guest stood still, and why, in µs. Parts that the destination does while the
+/// source waits are in the source's total.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Downtime {
+    /// Stopping the vCPUs.
+    pub pause_vcpus: u64,
+    /// Bringing all devices to rest.
+    pub quiesce: u64,
+    /// Stopping all devices.
+    pub stop: u64,
+    /// The last reports of all dirty sources.
+    pub final_sync: u64,
+    /// Sending the last pages.
+    pub memory: u64,
+    /// Sending the devices' states.
+    pub device_state: u64,
+    /// Loading them, told by the destination.
+    pub destination_load: u64,
+    /// From the commit until the destination said that the guest runs.
+    pub commit: u64,
+    /// From the moment the vCPUs were asked to stop until the guest ran at the destination.
+    pub total: u64,
+}
+
+/// A snapshot of a migration.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct MigrationStatus {
+    /// Side and phase.
+    #[serde(flatten)]
+    pub side: Side,
+    /// Milliseconds since it began, to its end if it is over.
+    pub elapsed_ms: u64,
+    /// Rounds of memory completed.
+    pub rounds: u32,
+    /// Bytes on the wire (sent by the source, received by the destination).
+    pub bytes: u64,
+    /// Pages sent or received, zero pages included.
+    pub pages: u64,
+    /// Of them, zero pages.
+    pub zero_pages: u64,
+    /// Bytes of guest RAM in all.
+    pub memory_bytes: u64,
+    /// Bytes of device state sent or received.
+    pub device_bytes: u64,
+    /// Pages known to be dirty and not yet sent.
+    pub remaining_pages: u64,
+    /// Pages the guest dirties per second, measured between the last two collections.
+    pub dirty_pages_per_second: Option<u64>,
+    /// What each dirty source reported.
+    pub sources: Vec<SourceStatus>,
+    /// Measured bytes per second.
+    pub bandwidth: Option<u64>,
+    /// How long the guest would stand still if it moved now, in µs.
+    pub downtime_estimate_us: Option<u64>,
+    /// How long it stood still, once it did.
+    pub downtime: Option<Downtime>,
+    /// Why it was aborted.
+    pub aborted: Option<String>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    now: MigrationStatus,
+    since: Instant,
+    over: bool,
+}
+
+/// The status of a migration, shared between the thread that does it and those who ask.
+#[derive(Debug)]
+pub struct Status(Mutex<Inner>);
+
+impl Status {
+    /// The status of a migration about to begin.
+    pub fn new(side: Side) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Inner {
+            now: MigrationStatus {
+                side,
+                elapsed_ms: 0,
+                rounds: 0,
+                bytes: 0,
+                pages: 0,
+                zero_pages: 0,
+                memory_bytes: 0,
+                device_bytes: 0,
+                remaining_pages: 0,
+                dirty_pages_per_second: None,
+                sources: Vec::new(),
+                bandwidth: None,
+                downtime_estimate_us: None,
+                downtime: None,
+                aborted: None,
+            },
+            since: Instant::now(),
+            over: false,
+        })))
+    }
+
+    /// The status of a guest about to leave.
+    pub fn source() -> Arc<Self> {
+        Self::new(Side::Source(SourcePhase::default()))
+    }
+
+    /// The status of a guest about to come.
+    pub fn destination() -> Arc<Self> {
+        Self::new(Side::Destination(DestinationPhase::default()))
+    }
+
+    /// How it is now.
+    pub fn snapshot(&self) -> MigrationStatus {
+        let inner = self.0.lock();
+        let mut now = inner.now.clone();
+        if !inner.over {
+            now.elapsed_ms = elapsed_ms(inner.since);
+        }
+        now
+    }
+
+    /// Changes it; the change must be quick.
+    pub(super) fn update(&self, change: impl FnOnce(&mut MigrationStatus)) {
+        change(&mut self.0.lock().now);
+    }
+
+    /// Enters a phase; the clock stops at the last.
+    pub(super) fn enter(&self, side: Side) {
+        let mut inner = self.0.lock();
+        let aborted = match &side {
+            Side::Source(SourcePhase::Aborted { why })
+            | Side::Destination(DestinationPhase::Aborted { why }) => Some(why.clone()),
+            _ => None,
+        };
+        let last = aborted.is_some()
+            || matches!(
+                side,
+                Side::Source(SourcePhase::Done) | Side::Destination(DestinationPhase::Running)
+            );
+        if last {
+            inner.now.elapsed_ms = elapsed_ms(inner.since);
+            inner.over = true;
+        }
+        inner.now.aborted = aborted;
+        inner.now.side = side;
+    }
+}
+
+fn elapsed_ms(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
