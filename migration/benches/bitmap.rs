@@ -1,0 +1,216 @@
+//! What the migration loop pays per round for finding the dirty pages of a guest.
+//!
+//! Guests of 1 to 64 GiB at 4 KiB pages; clean, with 1 % or 10 % of the pages dirty at random, or
+//! all of them. `runs` is how the loop scans, `bit by bit` how a naive loop would: their ratio is
+//! what a word at a time is worth. `collect` is a round's whole way from a device's report of
+//! another base to runs taken for sending.
+
+use std::hint::black_box;
+use std::time::Duration;
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use vm_migration::dirty::GuestDirty;
+use vm_migration::memory::RamRegion;
+use vm_migration::{
+    DirtyError, DirtySource, Gpa, Iova, IovaBitmap, IovaRange, PageSize, Precision,
+};
+
+const GIB: u64 = 1 << 30;
+const PAGE: u64 = 4096;
+/// Where the guest is: above the hole for devices below 4 GiB.
+const BASE: u64 = 4 * GIB;
+const GUESTS_GIB: [u64; 4] = [1, 4, 16, 64];
+/// A run is cut to what one message carries.
+const RUN_BYTES: u64 = 1 << 20;
+
+/// Which pages are dirty.
+#[derive(Clone, Copy)]
+enum Fill {
+    Empty,
+    /// So many of 100, at random.
+    Percent(u64),
+    Full,
+}
+
+const FILLS: [(&str, Fill); 4] = [
+    ("empty", Fill::Empty),
+    ("1%", Fill::Percent(1)),
+    ("10%", Fill::Percent(10)),
+    ("full", Fill::Full),
+];
+
+/// A step of xorshift64: the same dirty pages on every run.
+fn random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+fn filled(gib: u64, fill: Fill) -> Result<IovaBitmap, vm_migration::BitmapError> {
+    let mut bitmap = IovaBitmap::new(Iova(BASE), gib * GIB, PageSize::SIZE_4K)?;
+    match fill {
+        Fill::Empty => {}
+        Fill::Percent(percent) => {
+            let mut state = 0x9e37_79b9_7f4a_7c15;
+            for page in 0..bitmap.pages() {
+                if random(&mut state) % 100 < percent {
+                    bitmap.set(Iova(BASE + page * PAGE), 1);
+                }
+            }
+        }
+        Fill::Full => bitmap.set_all(),
+    }
+    Ok(bitmap)
+}
+
+/// Finds the runs; counted and added up so that none can be left out.
+fn scan_runs(bitmap: &IovaBitmap) -> (u64, u64) {
+    bitmap.runs().fold((0, 0), |(runs, last), run| {
+        (runs + 1, last ^ run.first().0 ^ run.last().0)
+    })
+}
+
+/// The same by asking for each page.
+fn scan_bit_by_bit(bitmap: &IovaBitmap) -> (u64, u64) {
+    let (mut runs, mut check) = (0, 0);
+    let mut start = None;
+    for page in 0..=bitmap.pages() {
+        let iova = BASE + page * PAGE;
+        match (bitmap.contains(Iova(iova)), start) {
+            (true, None) => start = Some(iova),
+            (false, Some(first)) => {
+                runs += 1;
+                check ^= first ^ (iova - 1);
+                start = None;
+            }
+            _ => {}
+        }
+    }
+    (runs, check)
+}
+
+fn scan(criterion: &mut Criterion) {
+    for gib in GUESTS_GIB {
+        let mut group = criterion.benchmark_group(format!("scan {gib} GiB"));
+        group.throughput(Throughput::Elements(gib * GIB / PAGE));
+        for (name, fill) in FILLS {
+            let bitmap = match filled(gib, fill) {
+                Ok(bitmap) => bitmap,
+                Err(error) => {
+                    eprintln!("SKIP: {gib} GiB {name}: {error}");
+                    continue;
+                }
+            };
+            if scan_runs(&bitmap) != scan_bit_by_bit(&bitmap) {
+                eprintln!(
+                    "WRONG: {gib} GiB {name}: the two scans differ, their times mean nothing"
+                );
+            }
+            group.bench_function(BenchmarkId::new("runs", name), |bencher| {
+                bencher.iter(|| scan_runs(black_box(&bitmap)));
+            });
+            group.bench_function(BenchmarkId::new("bit by bit", name), |bencher| {
+                bencher.iter(|| scan_bit_by_bit(black_box(&bitmap)));
+            });
+            group.bench_function(BenchmarkId::new("count", name), |bencher| {
+                bencher.iter(|| black_box(&bitmap).count());
+            });
+        }
+        group.finish();
+    }
+}
+
+/// A device that always reports the same words, from `pages_before` the guest's start: as if its
+/// window were aligned to something else.
+struct Device {
+    words: Vec<u64>,
+    pages_before: u64,
+}
+
+impl DirtySource for Device {
+    fn id(&self) -> &str {
+        "device"
+    }
+
+    fn granularity(&self) -> PageSize {
+        PageSize::SIZE_4K
+    }
+
+    fn precision(&self) -> Precision {
+        Precision::Exact
+    }
+
+    fn start(&mut self, _ranges: &[IovaRange]) -> Result<(), DirtyError> {
+        Ok(())
+    }
+
+    fn report(&mut self, window: IovaRange, bitmap: &mut IovaBitmap) -> Result<(), DirtyError> {
+        let base = Iova(window.first().0 - self.pages_before * PAGE);
+        bitmap
+            .or_words(base, PageSize::SIZE_4K, &self.words)
+            .map_err(|error| DirtyError::Backend {
+                source_id: "device".to_owned(),
+                operation: "report",
+                cause: Box::new(error),
+            })
+    }
+
+    fn stop(&mut self) -> Result<(), DirtyError> {
+        Ok(())
+    }
+}
+
+/// One round: a report, then every run taken and confirmed.
+fn round(guest: &mut GuestDirty, sources: &mut [Box<dyn DirtySource>]) -> Result<u64, DirtyError> {
+    guest.collect(sources)?;
+    let mut bytes = 0;
+    while let Some(run) = guest.next_run(RUN_BYTES) {
+        bytes += run.len;
+    }
+    guest.acknowledge();
+    Ok(bytes)
+}
+
+fn collect(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("collect 64 GiB");
+    let region = RamRegion {
+        gpa: Gpa(BASE),
+        len: 64 * GIB,
+    };
+    for (name, fill) in FILLS {
+        for (alignment, pages_before) in [("aligned", 0), ("shifted", 5)] {
+            let (Ok(bitmap), Ok(mut guest)) = (
+                filled(64, fill),
+                GuestDirty::new(&[region], PageSize::SIZE_4K),
+            ) else {
+                eprintln!("SKIP: collect {name}: no memory for the bitmaps");
+                continue;
+            };
+            let device = Device {
+                words: bitmap.words().to_vec(),
+                pages_before,
+            };
+            let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(device)];
+            group.bench_function(BenchmarkId::new(alignment, name), |bencher| {
+                bencher.iter(|| round(&mut guest, &mut sources));
+            });
+        }
+    }
+    group.finish();
+}
+
+/// Short: the machine that runs it for a change is a developer's, and the differences are large.
+fn settings() -> Criterion {
+    Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_millis(800))
+}
+
+criterion_group! {
+    name = benches;
+    config = settings();
+    targets = scan, collect
+}
+criterion_main!(benches);
