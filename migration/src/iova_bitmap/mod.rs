@@ -38,6 +38,8 @@
 mod bits;
 mod buffer;
 #[cfg(test)]
+mod naive;
+#[cfg(test)]
 mod properties;
 mod runs;
 #[cfg(test)]

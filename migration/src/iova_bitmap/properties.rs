@@ -1,77 +1,9 @@
 //! Property tests against a set of page numbers, with addresses in 128 bits.
 
-use std::collections::BTreeSet;
-
 use proptest::prelude::*;
 
+use super::naive::Naive;
 use super::*;
-
-/// A bitmap done naively: which pages a range touches is found by trying each.
-#[derive(Clone, Debug)]
-struct Naive {
-    base: u128,
-    last: u128,
-    page: u128,
-    set: BTreeSet<u128>,
-}
-
-impl Naive {
-    fn pages(&self) -> impl Iterator<Item = u128> + use<> {
-        0..=(self.last - self.base) / self.page
-    }
-
-    /// First and last address of a page, clipped at the end.
-    fn bounds(&self, n: u128) -> (u128, u128) {
-        let start = self.base + n * self.page;
-        (start, (start + self.page - 1).min(self.last))
-    }
-
-    fn set_through(&mut self, first: u128, last: u128) {
-        for n in self.pages() {
-            let (start, end) = self.bounds(n);
-            if start <= last && first <= end {
-                self.set.insert(n);
-            }
-        }
-    }
-
-    fn or_words(&mut self, base: u128, page: u128, words: &[u64]) {
-        for (n, word) in (0u128..).zip(words) {
-            for bit in (0u128..64).filter(|bit| word & (1 << bit) != 0) {
-                let start = base + (n * 64 + bit) * page;
-                self.set_through(start, start + page - 1);
-            }
-        }
-    }
-
-    fn merge(&mut self, other: &Naive) {
-        for n in &other.set {
-            let (first, last) = other.bounds(*n);
-            self.set_through(first, last);
-        }
-    }
-
-    /// The set pages without those wholly within.
-    fn clear_within(&mut self, first: u128, last: u128) {
-        let cleared: Vec<_> = self
-            .pages()
-            .filter(|n| first <= self.bounds(*n).0 && self.bounds(*n).1 <= last)
-            .collect();
-        self.set.retain(|n| !cleared.contains(n));
-    }
-
-    fn runs(&self) -> Vec<(u128, u128)> {
-        let mut runs: Vec<(u128, u128)> = Vec::new();
-        for n in &self.set {
-            let (start, end) = self.bounds(*n);
-            match runs.last_mut() {
-                Some((_, last)) if *last + 1 == start => *last = end,
-                _ => runs.push((start, end)),
-            }
-        }
-        runs
-    }
-}
 
 /// A bitmap and its model, both clean.
 #[derive(Debug)]
@@ -93,12 +25,7 @@ impl Geometry {
         let page = PageSize::new(1 << self.shift).unwrap();
         Pair {
             real: IovaBitmap::over(range, page).unwrap(),
-            naive: Naive {
-                base: self.base.into(),
-                last: self.last.into(),
-                page: page.bytes().into(),
-                set: BTreeSet::new(),
-            },
+            naive: Naive::new(self.base, self.last, page.bytes()),
         }
     }
 }
