@@ -481,4 +481,3 @@ impl From<Stop> for ReadError {
         Self::Stop(stop)
     }
 }
-

@@ -333,4 +333,3 @@ fn clear<B: vm_memory::bitmap::BitmapSlice>(slice: &VolatileSlice<'_, B>) {
         offset = offset.saturating_add(count);
     }
 }
-

@@ -1,9 +1,9 @@
 //! Where each side is.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The phases of the source.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "kebab-case")]
 pub enum SourcePhase {
     /// Asking the destination whether the VM can move there.
@@ -30,7 +30,7 @@ pub enum SourcePhase {
 }
 
 /// The phases of the destination.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "kebab-case")]
 pub enum DestinationPhase {
     /// Waiting for the manifest.

@@ -274,4 +274,3 @@ pub(super) fn decode<T: DeserializeOwned>(kind: Kind, payload: &[u8]) -> Result<
         Err(error) => Err(malformed(error.to_string())),
     }
 }
-

@@ -4,13 +4,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::phase::{DestinationPhase, SourcePhase};
 use crate::source::Precision;
 
 /// Which side, and where it is.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(tag = "side", content = "phase", rename_all = "kebab-case")]
 pub enum Side {
     /// The guest leaves.
@@ -20,7 +20,7 @@ pub enum Side {
 }
 
 /// What one writer of guest memory dirtied.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct SourceStatus {
     /// The source's identifier.
     pub id: String,
@@ -38,7 +38,7 @@ pub struct SourceStatus {
 
 /// How long the guest stood still, and why, in µs. Parts that the destination does while the
 /// source waits are in the source's total.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Downtime {
     /// Stopping the vCPUs.
     pub pause_vcpus: u64,
@@ -61,7 +61,7 @@ pub struct Downtime {
 }
 
 /// A snapshot of a migration.
-#[derive(Clone, PartialEq, Debug, Serialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct MigrationStatus {
     /// Side and phase.
     #[serde(flatten)]
