@@ -21,8 +21,11 @@ pub use client::{ApiClient, ClientError};
 pub use error::{ApiError, ApiStatus};
 pub use request::{
     ApiReply, ApiRequest, Counters, ReceiveMigrationConfig, ReceiveNetConfig,
-    ReceiveUserDeviceConfig, SendMigrationConfig, TimeoutStrategy, VmInfo, VmState, VmmPing,
+    ReceiveUserDeviceConfig, SendMigrationConfig, VmInfo, VmState, VmmPing,
 };
 pub use routes::BASE_PATH;
 pub use server::{ApiServer, MAX_BODY_BYTES, ServerError};
 pub use socket::{ApiListener, ApiSocket, SocketError};
+pub use vm_migration::migrate::{
+    DestinationPhase, Downtime, MigrationStatus, Side, SourcePhase, SourceStatus, TimeoutStrategy,
+};

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use vm_migration::migrate::{Address, MigrationParams, MigrationStatus, TimeoutStrategy};
 
 use crate::config::{ConfigError, ConsoleConfig, VmConfig, check_id, check_ifname};
 
@@ -79,7 +80,7 @@ pub enum ApiReply {
     /// The devices' counters.
     Counters(Counters),
     /// The migration that is running or ran last.
-    Migration(Box<serde_json::Value>),
+    Migration(Box<MigrationStatus>),
     /// Metrics as Prometheus text.
     Metrics(String),
 }
@@ -127,17 +128,6 @@ pub struct VmInfo {
     pub devices: BTreeMap<String, BTreeMap<String, String>>,
 }
 
-/// What happens to a migration that does not converge within its time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum TimeoutStrategy {
-    /// The migration is given up; the VM runs on at the source.
-    #[default]
-    Cancel,
-    /// The VM is switched over whatever the downtime will be.
-    Ignore,
-}
-
 /// The body of `vm.send-migration`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -176,6 +166,33 @@ impl SendMigrationConfig {
             timeout_strategy: TimeoutStrategy::default(),
             max_bandwidth: None,
         }
+    }
+
+    /// Where to send the VM.
+    ///
+    /// # Errors
+    /// [`ConfigError::MigrationUrl`] if the URL is no address.
+    pub fn destination(&self) -> Result<Address, ConfigError> {
+        address("destination_url", &self.destination_url)
+    }
+
+    /// The engine's parameters.
+    pub fn params(&self) -> MigrationParams {
+        MigrationParams {
+            downtime_ms: self.downtime_ms,
+            timeout_s: self.timeout_s,
+            timeout_strategy: self.timeout_strategy,
+            max_bandwidth: self.max_bandwidth,
+        }
+    }
+
+    /// Checks the address.
+    ///
+    /// # Errors
+    /// As [`SendMigrationConfig::destination`].
+    pub fn validate(self) -> Result<Self, ConfigError> {
+        self.destination()?;
+        Ok(self)
     }
 }
 
@@ -229,11 +246,20 @@ impl ReceiveMigrationConfig {
         }
     }
 
-    /// Checks names and ids, and that no device is named twice.
+    /// Where to listen.
+    ///
+    /// # Errors
+    /// [`ConfigError::MigrationUrl`] if the URL is no address.
+    pub fn receiver(&self) -> Result<Address, ConfigError> {
+        address("receiver_url", &self.receiver_url)
+    }
+
+    /// Checks the address, names and ids, and that no device is named twice.
     ///
     /// # Errors
     /// What is wrong first, with the remedy.
     pub fn validate(self) -> Result<Self, ConfigError> {
+        self.receiver()?;
         let mut seen = HashSet::new();
         for net in &self.net {
             check_id(&net.id)?;
@@ -280,4 +306,9 @@ impl ReceiveMigrationConfig {
 
 fn unknown(id: &str) -> ConfigError {
     ConfigError::UnknownDevice { id: id.to_owned() }
+}
+
+fn address(key: &'static str, url: &str) -> Result<Address, ConfigError> {
+    url.parse()
+        .map_err(|source| ConfigError::MigrationUrl { key, source })
 }

@@ -4,8 +4,8 @@ use axum::http::Method;
 use serde::de::DeserializeOwned;
 
 use super::error::{ApiError, ApiStatus};
-use super::request::{ApiRequest, ReceiveMigrationConfig};
-use crate::config::VmConfig;
+use super::request::{ApiRequest, ReceiveMigrationConfig, SendMigrationConfig};
+use crate::config::{ConfigError, VmConfig};
 
 /// What all paths begin with.
 pub const BASE_PATH: &str = "/api/v1/";
@@ -32,9 +32,7 @@ pub(super) const ROUTES: &[Route] = &[
     put("vm.resume", |body| bare(body, ApiRequest::VmResume)),
     put("vm.shutdown", |body| bare(body, ApiRequest::VmShutdown)),
     put("vm.delete", |body| bare(body, ApiRequest::VmDelete)),
-    put("vm.send-migration", |body| {
-        Ok(ApiRequest::VmSendMigration(Box::new(json(body)?)))
-    }),
+    put("vm.send-migration", send),
     put("vm.receive-migration", receive),
     get("vm.migration", |body| bare(body, ApiRequest::VmMigration)),
     put("vm.cancel-migration", |body| {
@@ -62,19 +60,27 @@ const fn put(name: &'static str, parse: fn(&[u8]) -> Result<ApiRequest, ApiError
 }
 
 fn create(body: &[u8]) -> Result<ApiRequest, ApiError> {
-    let config: VmConfig = json(body)?;
-    match config.validate() {
-        Ok(config) => Ok(ApiRequest::VmCreate(Box::new(config))),
-        Err(error) => Err(ApiError::bad_request(&error).context("the configuration is refused")),
-    }
+    let config = json::<VmConfig>(body)?.validate();
+    Ok(ApiRequest::VmCreate(Box::new(config.map_err(refused)?)))
+}
+
+fn send(body: &[u8]) -> Result<ApiRequest, ApiError> {
+    let config = json::<SendMigrationConfig>(body)?.validate();
+    Ok(ApiRequest::VmSendMigration(Box::new(
+        config.map_err(refused)?,
+    )))
 }
 
 fn receive(body: &[u8]) -> Result<ApiRequest, ApiError> {
-    let config: ReceiveMigrationConfig = json(body)?;
-    match config.validate() {
-        Ok(config) => Ok(ApiRequest::VmReceiveMigration(Box::new(config))),
-        Err(error) => Err(ApiError::bad_request(&error).context("the configuration is refused")),
-    }
+    let config = json::<ReceiveMigrationConfig>(body)?.validate();
+    Ok(ApiRequest::VmReceiveMigration(Box::new(
+        config.map_err(refused)?,
+    )))
+}
+
+/// The body is well formed and makes no sense.
+fn refused(error: ConfigError) -> ApiError {
+    ApiError::bad_request(&error).context("the configuration is refused")
 }
 
 /// `request`, if the body is as good as empty: some clients send `null` or `{}` there.

@@ -146,7 +146,16 @@ fn the_document_describes_the_routes_and_the_types() {
         max_bandwidth: Some(1),
         ..SendMigrationConfig::new("unix:/x")
     };
-    covers("SendMigrationConfig", &serde_json::to_value(send).unwrap());
+    covers("SendMigrationConfig", &serde_json::to_value(&send).unwrap());
+    let mut status = vm_migration::migrate::Status::source().snapshot();
+    status.downtime = Some(Downtime::default());
+    let status = serde_json::to_value(status).unwrap();
+    covers("MigrationStatus", &status);
+    let known = &schemas["MigrationStatus"]["properties"]["downtime"]["properties"];
+    let downtime = status["downtime"].as_object().unwrap();
+    assert!(downtime.keys().all(|key| known.get(key).is_some()));
+    let json = serde_json::to_value(send.params()).unwrap();
+    assert_eq!(json["downtime_ms"], 300);
 }
 
 #[test]
@@ -224,6 +233,10 @@ fn wrong_requests_are_refused_with_a_status_and_a_chain() {
             .0,
         400
     );
+    let nowhere = r#"{"destination_url": "host:1"}"#;
+    let (status, chain) = fixture.refused(Method::PUT, "vm.send-migration", nowhere);
+    assert_eq!(status, 400);
+    assert!(chain[2].contains("unix:PATH or tcp:HOST:PORT"), "{chain:?}");
     assert_eq!(fixture.refused(Method::GET, "vm.nothing", "").0, 404);
     assert_eq!(fixture.refused(Method::PUT, "vm.info", "").0, 405);
     assert_eq!(fixture.refused(Method::POST, "vm.boot", "").0, 405);

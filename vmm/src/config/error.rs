@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use thiserror::Error;
+use vm_migration::migrate::AddressError;
 
 /// Why a configuration is refused. Each message names the option and the remedy.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -242,6 +243,15 @@ pub enum ConfigError {
     UnknownDevice {
         /// The id as given.
         id: String,
+    },
+    /// Not the address of a migration.
+    #[error("{key}: not an address")]
+    MigrationUrl {
+        /// `destination_url` or `receiver_url`.
+        key: &'static str,
+        /// What is wrong with it.
+        #[source]
+        source: AddressError,
     },
     /// An empty path.
     #[error("{option}: the path is empty; give one")]
