@@ -6,62 +6,16 @@
 
 use crate::device::{BarInfo, BarKind};
 
+mod error;
+mod registers;
+
+pub use error::{BarError, ConfigError};
+pub use registers::{Capability, command, offset};
+
 /// Bytes of configuration space of a PCI Express function.
 pub const CONFIG_SPACE_SIZE: usize = 4096;
 /// Bytes of the part that ports 0xCF8/0xCFC reach and in which capabilities live.
 pub const LEGACY_CONFIG_SIZE: u16 = 256;
-
-/// Offsets in the type 0 header (PCI Local Bus 3.0, §6.1).
-pub mod offset {
-    /// Vendor ID.
-    pub const VENDOR: u16 = 0x00;
-    /// Device ID.
-    pub const DEVICE: u16 = 0x02;
-    /// Command register.
-    pub const COMMAND: u16 = 0x04;
-    /// Status register.
-    pub const STATUS: u16 = 0x06;
-    /// Revision ID, then the three bytes of the class code.
-    pub const REVISION: u16 = 0x08;
-    /// Cache line size.
-    pub const CACHE_LINE: u16 = 0x0c;
-    /// Header type.
-    pub const HEADER_TYPE: u16 = 0x0e;
-    /// First base address register.
-    pub const BAR0: u16 = 0x10;
-    /// Subsystem vendor ID.
-    pub const SUBSYSTEM_VENDOR: u16 = 0x2c;
-    /// Subsystem ID.
-    pub const SUBSYSTEM: u16 = 0x2e;
-    /// Expansion ROM base address.
-    pub const ROM: u16 = 0x30;
-    /// Pointer to the first capability.
-    pub const CAPABILITIES: u16 = 0x34;
-    /// Interrupt line (scratch register of the firmware).
-    pub const INTERRUPT_LINE: u16 = 0x3c;
-    /// Interrupt pin.
-    pub const INTERRUPT_PIN: u16 = 0x3d;
-    /// First byte after the header.
-    pub const HEADER_END: u16 = 0x40;
-}
-
-/// Bits of the command register.
-pub mod command {
-    /// Answers port I/O.
-    pub const IO: u16 = 1 << 0;
-    /// Answers memory accesses.
-    pub const MEMORY: u16 = 1 << 1;
-    /// May access memory by itself.
-    pub const BUS_MASTER: u16 = 1 << 2;
-    /// Reports parity errors.
-    pub const PARITY: u16 = 1 << 6;
-    /// Reports system errors.
-    pub const SERR: u16 = 1 << 8;
-    /// Pin interrupts are off.
-    pub const INTX_DISABLE: u16 = 1 << 10;
-    /// What the guest may write.
-    pub const WRITABLE: u16 = IO | MEMORY | BUS_MASTER | PARITY | SERR | INTX_DISABLE;
-}
 
 /// Status register bit: there is a capability list.
 const STATUS_CAPABILITIES: u16 = 1 << 4;
@@ -73,23 +27,6 @@ const MEMORY_BAR_FLAGS: u32 = 0xf;
 const IO_BAR_FLAGS: u32 = 0x3;
 /// The longest capability chain that fits: 4-byte aligned entries between header and 256.
 const MAX_CAPABILITIES: usize = 48;
-
-/// Capability IDs (PCI Code and ID Assignment, §2).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Capability(pub u8);
-
-impl Capability {
-    /// Power management.
-    pub const POWER_MANAGEMENT: Self = Self(0x01);
-    /// Message-signalled interrupts.
-    pub const MSI: Self = Self(0x05);
-    /// Vendor specific.
-    pub const VENDOR: Self = Self(0x09);
-    /// PCI Express.
-    pub const EXPRESS: Self = Self(0x10);
-    /// MSI-X.
-    pub const MSIX: Self = Self(0x11);
-}
 
 /// What identifies a function to drivers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -106,102 +43,6 @@ pub struct Identity {
     pub subsystem_vendor: u16,
     /// Subsystem ID.
     pub subsystem: u16,
-}
-
-/// Why a BAR cannot be added.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum BarError {
-    /// There are registers 0 to 5, and a 64-bit BAR takes two.
-    #[error("BAR {index} does not exist or has no second register for 64 bits")]
-    Index {
-        /// Register index.
-        index: u8,
-    },
-    /// A register is taken.
-    #[error("BAR {index} is in use already")]
-    InUse {
-        /// Register index.
-        index: u8,
-    },
-    /// Size not a power of two, too small (16 bytes of memory, 4 ports) or too large for the
-    /// register's width.
-    #[error("BAR {index}: {size:#x} bytes is not a power of two within the kind's limits")]
-    Size {
-        /// Register index.
-        index: u8,
-        /// Asked-for size.
-        size: u64,
-    },
-}
-
-/// Why a configuration space cannot be laid out or restored.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum ConfigError {
-    /// No room before offset 256.
-    #[error("capability {id:#04x} of {length} bytes does not fit below offset 256")]
-    CapabilityRoom {
-        /// Capability ID.
-        id: u8,
-        /// Bytes with header.
-        length: usize,
-    },
-    /// Body and write mask must have one length.
-    #[error("capability {id:#04x}: body of {body} bytes but write mask of {mask}")]
-    CapabilityMask {
-        /// Capability ID.
-        id: u8,
-        /// Bytes of the body.
-        body: usize,
-        /// Bytes of the mask.
-        mask: usize,
-    },
-    /// An image's capability list loops, leaves its area, or is misaligned.
-    #[error("capability list is malformed at offset {offset:#x}")]
-    CapabilityChain {
-        /// Where the walk stopped.
-        offset: u16,
-    },
-    /// An image shorter than the header or longer than 4096 bytes.
-    #[error("configuration space image has {length} bytes, wanted 64 to 4096")]
-    ImageLength {
-        /// Its length.
-        length: usize,
-    },
-    /// The image is of a bridge.
-    #[error("header type {header_type:#04x} is not a type 0 (endpoint) header")]
-    HeaderType {
-        /// What the image has.
-        header_type: u8,
-    },
-    /// Access beyond the end.
-    #[error("offset {offset:#x} with {length} bytes is outside configuration space")]
-    Range {
-        /// First byte.
-        offset: u16,
-        /// Number of bytes.
-        length: usize,
-    },
-    /// Saved by an incompatible build.
-    #[error("saved configuration space has version {found}, this build reads {wanted}")]
-    Version {
-        /// In the state.
-        found: u16,
-        /// Understood here.
-        wanted: u16,
-    },
-    /// A read-only byte of the saved state differs: it is another device.
-    #[error(
-        "saved configuration space is of a different device: offset {offset:#x} is {saved:#04x} \
-         there and {here:#04x} here"
-    )]
-    Mismatch {
-        /// First differing byte.
-        offset: u16,
-        /// Saved value (read-only bits).
-        saved: u8,
-        /// Value here (read-only bits).
-        here: u8,
-    },
 }
 
 /// Saved configuration space. Untrusted when it comes back.
