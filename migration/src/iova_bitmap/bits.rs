@@ -15,6 +15,11 @@ pub(super) const fn word_index(bit: u64) -> usize {
     (bit / WORD_BITS) as usize
 }
 
+/// The first bit of the word at `index`.
+pub(super) const fn word_start(index: usize) -> u64 {
+    index as u64 * WORD_BITS
+}
+
 /// The bits that `words` has room for.
 pub(super) const fn bit_len(words: &[u64]) -> u64 {
     (words.len() as u64).saturating_mul(WORD_BITS)
@@ -86,20 +91,22 @@ pub(super) fn next_set(words: &[u64], from: u64) -> Option<u64> {
     if head != 0 {
         return Some(from - from % WORD_BITS + u64::from(head.trailing_zeros()));
     }
-    let rest = words.get(start + 1..)?;
+    let index = next_word(words, start + 1)?;
+    let word = words.get(index)?;
+    Some(word_start(index) + u64::from(word.trailing_zeros()))
+}
+
+/// The first word at or after index `from` that is not empty.
+pub(super) fn next_word(words: &[u64], from: usize) -> Option<usize> {
+    let rest = words.get(from..)?;
     // Most of a guest is clean: pass over many empty words by one test each.
     let empty = rest
         .chunks_exact(EMPTY_STRIDE)
         .take_while(|chunk| chunk.iter().fold(0, |all, word| all | word) == 0)
         .count()
         * EMPTY_STRIDE;
-    let (offset, word) = rest
-        .iter()
-        .enumerate()
-        .skip(empty)
-        .find(|(_, word)| **word != 0)?;
-    let index = start as u64 + 1 + offset as u64;
-    Some(index * WORD_BITS + u64::from(word.trailing_zeros()))
+    let rest = rest.get(empty..)?;
+    Some(from + empty + rest.iter().position(|word| *word != 0)?)
 }
 
 /// The first clear bit at or after `from` and below `limit`; `limit` if there is none.
