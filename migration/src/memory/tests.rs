@@ -1,12 +1,14 @@
 //! Tests of guest memory and its write log.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vm_memory::{Bytes, VolatileSlice};
 
 use super::*;
+use crate::addr::{Iova, IovaRange, PageSize};
+use crate::iova_bitmap::IovaBitmap;
 
 const PAGE: u64 = 4096;
 
