@@ -223,3 +223,6 @@ impl<T: SaveRestore> StateSink for SnapshotSink<T> {
 fn too_long(length: usize, limit: usize) -> String {
     format!("{length} bytes; this part's state has at most {limit}")
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,12 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
-
 use super::frame::PROTOCOL_VERSION;
 use super::pages::LARGEST_PAGE;
 use super::protocol::{Manifest, MemoryRegion, Migratable, Refusal};
-use crate::addr::PageSize;
+use crate::addr::{Iova, IovaRange, PageSize};
 use crate::memory::GuestMemory;
 
 /// Most devices of a VM; far below what a chunk's index can say.
@@ -18,8 +16,16 @@ const MAX_REGIONS: usize = 4096;
 
 const REPORT: &str = "this is a fault of the source's Ferry: please report it";
 
-/// The page size of a manifest that passed [`manifest`].
-pub(super) fn page_size(manifest: &Manifest) -> Option<PageSize> {
+/// The manifest's memory as ranges.
+pub(super) fn ranges(manifest: &Manifest) -> Vec<IovaRange> {
+    manifest
+        .memory
+        .iter()
+        .filter_map(|region| IovaRange::new(Iova(region.gpa), region.len))
+        .collect()
+}
+
+fn page_size(manifest: &Manifest) -> Option<PageSize> {
     PageSize::new(manifest.page_size)
         .filter(|size| (PageSize::SIZE_4K..=LARGEST_PAGE).contains(size))
 }
@@ -111,13 +117,7 @@ pub(super) fn fits<'a>(
 ) -> Vec<Refusal> {
     let mut found = Vec::new();
     let wanted: BTreeSet<_> = manifest.memory.iter().copied().collect();
-    let present: BTreeSet<_> = memory
-        .iter()
-        .map(|region| MemoryRegion {
-            gpa: region.start_addr().raw_value(),
-            len: region.len(),
-        })
-        .collect();
+    let present: BTreeSet<_> = MemoryRegion::all(memory).into_iter().collect();
     let same_memory = "give the destination's VM the same memory layout";
     for region in wanted.difference(&present) {
         let reason = format!("{side} has no region of {region}");

@@ -94,10 +94,7 @@ impl Kind {
 
     /// The number on the wire.
     pub const fn code(self) -> u8 {
-        #[expect(clippy::as_conversions, reason = "the discriminant of a repr(u8) enum")]
-        {
-            self as u8
-        }
+        self as u8
     }
 
     /// The kind of this number on the wire.

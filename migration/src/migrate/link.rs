@@ -93,6 +93,18 @@ pub enum LinkError {
 /// Time to finish the frame being sent when the migration is cancelled.
 const CANCEL_GRACE: Duration = Duration::from_millis(200);
 
+/// Time for each part of a farewell: to say it, and for it to be heard.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Patience for what must be over soon and is no longer to be cancelled.
+fn hurried(time: Duration) -> Patience {
+    Patience {
+        idle: None,
+        until: Instant::now().checked_add(time),
+        heed_cancel: false,
+    }
+}
+
 /// The sending half, shared with the heartbeat.
 #[derive(Debug)]
 struct Writer {
@@ -104,50 +116,34 @@ struct Writer {
 }
 
 impl Writer {
-    /// Sends one frame. On failure the peer never gets the whole of it, except when cancelled.
-    fn send(
-        &mut self,
-        kind: Kind,
-        frame: &mut FrameBuffer,
-        patience: &Patience,
-    ) -> Result<usize, WriteError> {
-        if self.torn {
-            return Err(WriteError::Stop(Stop::Closed));
-        }
-        let bytes = frame.seal(kind, self.sequence).map_err(WriteError::Frame)?;
-        match self.connection.write_all(bytes, patience) {
-            Ok(()) => {
-                self.sequence = self.sequence.wrapping_add(1);
-                self.last = Instant::now();
-                Ok(bytes.len())
-            }
-            Err((0, stop)) => Err(WriteError::Stop(stop)),
-            Err((done, stop)) => {
-                let rest = bytes.get(done..).unwrap_or_default();
-                // Cancelled within a frame: a peer that still reads gets the rest, so that it can
-                // be told why nothing follows.
-                let grace = Patience {
-                    idle: None,
-                    until: Instant::now().checked_add(CANCEL_GRACE),
-                    heed_cancel: false,
-                };
-                if matches!(stop, Stop::Cancelled)
-                    && self.connection.write_all(rest, &grace).is_ok()
-                {
-                    self.sequence = self.sequence.wrapping_add(1);
-                } else {
-                    self.torn = true;
-                }
-                Err(WriteError::Stop(stop))
-            }
-        }
+    /// The frame as it goes on the wire next.
+    fn seal<'f>(&self, kind: Kind, frame: &'f mut FrameBuffer) -> Result<&'f [u8], FrameError> {
+        frame.seal(kind, self.sequence)
     }
-}
 
-#[derive(Debug)]
-enum WriteError {
-    Frame(FrameError),
-    Stop(Stop),
+    /// The frame is on the wire.
+    fn sent(&mut self) {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.last = Instant::now();
+    }
+
+    /// Sends one small frame, in one go or not at all.
+    fn send_small(&mut self, kind: Kind, frame: &mut FrameBuffer, patience: &Patience) -> bool {
+        let sent = !self.torn
+            && self.seal(kind, frame).is_ok_and(|bytes| {
+                match self.connection.write_all(bytes, patience) {
+                    Ok(()) => true,
+                    Err((done, _)) => {
+                        self.torn = done > 0;
+                        false
+                    }
+                }
+            });
+        if sent {
+            self.sent();
+        }
+        sent
+    }
 }
 
 /// How long to wait for a frame.
@@ -215,20 +211,90 @@ impl Link {
         }
     }
 
-    /// Sends a frame; gives its length. The writer's lock is held while the peer is slow to
-    /// read, at most [`Limits::idle`] without progress; only the heartbeat ever waits for it, and
-    /// it does not.
+    /// Sends a frame; gives its length. An error means that the peer never gets the whole of it,
+    /// unless it is [`LinkError::Cancelled`].
+    ///
+    /// The writer's lock is held while the peer is slow to read; only the heartbeat shares it, and
+    /// does not wait for it.
     pub(super) fn send(&mut self, kind: Kind, frame: &mut FrameBuffer) -> Result<usize, LinkError> {
-        let patience = self.patience(Wait::Alive);
-        let sent = self.writer.lock().send(kind, frame, &patience);
-        sent.map_err(|error| match error {
-            WriteError::Frame(cause) => self.bad_frame(cause),
-            // A peer that gave up says why before it closes.
-            WriteError::Stop(stop) => match self.last_words() {
+        let writer = self.writer.clone();
+        let mut writer = writer.lock();
+        if writer.torn {
+            return Err(self.broken(Stop::Closed));
+        }
+        let bytes = match writer.seal(kind, frame) {
+            Ok(bytes) => bytes,
+            Err(cause) => return Err(self.bad_frame(cause)),
+        };
+        let mut done = 0;
+        match self.write(bytes, &mut done) {
+            Ok(()) => {
+                writer.sent();
+                Ok(bytes.len())
+            }
+            Err(LinkError::Cancelled) if done > 0 => {
+                // A peer that still reads gets the rest of the frame, so that it can be told why
+                // nothing follows.
+                let rest = bytes.get(done..).unwrap_or_default();
+                match self.connection.write_all(rest, &hurried(CANCEL_GRACE)) {
+                    Ok(()) => writer.sent(),
+                    Err(_) => writer.torn = true,
+                }
+                Err(LinkError::Cancelled)
+            }
+            Err(error) => {
+                writer.torn = done > 0;
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes bytes, of which `done` were taken. A peer that takes none for a while is listened
+    /// to: it may have aborted, it may be busy (loading a device's state, say) and say so, or it
+    /// is gone.
+    fn write(&mut self, bytes: &[u8], done: &mut usize) -> Result<(), LinkError> {
+        let patience = Patience {
+            idle: Some(self.limits.beat),
+            until: None,
+            heed_cancel: true,
+        };
+        let mut moved = Instant::now();
+        let mut heard = moved;
+        loop {
+            let rest = bytes.get(*done..).unwrap_or_default();
+            let (more, stop) = match self.connection.write_all(rest, &patience) {
+                Ok(()) => return Ok(()),
+                Err(stopped) => stopped,
+            };
+            *done = done.saturating_add(more);
+            if !matches!(stop, Stop::TimedOut) {
+                return Err(self.broken(stop));
+            }
+            let now = Instant::now();
+            if more > 0 {
+                moved = now;
+                heard = now;
+            }
+            if self.listen()? {
+                heard = now;
+            }
+            if heard.elapsed() >= self.limits.idle || moved.elapsed() >= self.limits.answer {
+                return Err(self.stopped(stop, "room in the connection", heard.elapsed()));
+            }
+        }
+    }
+
+    /// The error for a failed write. A peer that gave up says why before it closes.
+    fn broken(&mut self, stop: Stop) -> LinkError {
+        match stop {
+            Stop::Closed | Stop::Io(_) => match self.last_words() {
                 Some(reason) => self.aborted(reason),
                 None => self.stopped(stop, "room in the connection", self.limits.idle),
             },
-        })
+            Stop::TimedOut | Stop::Cancelled => {
+                self.stopped(stop, "room in the connection", self.limits.idle)
+            }
+        }
     }
 
     /// Sends a small message.
@@ -294,25 +360,43 @@ impl Link {
     /// duration only looks.
     pub(super) fn listen_for(&mut self, duration: Duration) -> Result<(), LinkError> {
         let end = Instant::now().checked_add(duration);
-        let mut payload = Vec::new();
-        let patience = self.patience(Wait::Alive);
         loop {
             let left = end.map_or(Duration::ZERO, |end| {
                 end.saturating_duration_since(Instant::now())
             });
             match self.connection.readable_within(left) {
                 Ok(false) => return Ok(()),
-                Ok(true) => match self.receive_any(&mut payload, &patience, "frame")? {
-                    Kind::Progress => {}
-                    kind => return Err(self.unexpected(kind)),
-                },
+                Ok(true) => self.hear_sign()?,
                 Err(stop) => return Err(self.stopped(stop, "frame", duration)),
             }
         }
     }
 
-    /// Tells the peer why the migration is off, and ends the conversation. Bounded to about a
-    /// second, as the local side may have better to do.
+    /// Whether the peer gave a sign of life since it was last listened to.
+    fn listen(&mut self) -> Result<bool, LinkError> {
+        let mut heard = false;
+        loop {
+            match self.connection.readable_within(Duration::ZERO) {
+                Ok(false) => return Ok(heard),
+                Ok(true) => self.hear_sign()?,
+                Err(stop) => return Err(self.stopped(stop, "frame", Duration::ZERO)),
+            }
+            heard = true;
+        }
+    }
+
+    /// Receives a frame that can only be a sign of life.
+    fn hear_sign(&mut self) -> Result<(), LinkError> {
+        let patience = self.patience(Wait::Alive);
+        let mut payload = Vec::new();
+        match self.receive_any(&mut payload, &patience, "frame")? {
+            Kind::Progress => Ok(()),
+            kind => Err(self.unexpected(kind)),
+        }
+    }
+
+    /// Tells the peer why the migration is off, and ends the conversation. Takes two seconds at
+    /// most.
     pub(super) fn farewell(&mut self, reason: &str) {
         const LONGEST_REASON: usize = 4096;
         self.heartbeat.stop();
@@ -320,21 +404,14 @@ impl Link {
         let message = Abort {
             reason: reason.get(..end).unwrap_or_default().to_owned(),
         };
-        let until = Instant::now() + Duration::from_secs(1);
-        let patience = Patience {
-            idle: None,
-            until: Some(until),
-            heed_cancel: false,
-        };
         let mut frame = FrameBuffer::default();
         let said = encode(Kind::Abort, &message, &mut frame).is_ok()
             && self
                 .writer
                 .lock()
-                .send(Kind::Abort, &mut frame, &patience)
-                .is_ok();
+                .send_small(Kind::Abort, &mut frame, &hurried(FAREWELL));
         if said {
-            self.connection.drain(until);
+            self.connection.drain(Instant::now() + FAREWELL);
         }
         self.connection.cut();
     }

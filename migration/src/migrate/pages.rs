@@ -333,3 +333,6 @@ fn clear<B: vm_memory::bitmap::BitmapSlice>(slice: &VolatileSlice<'_, B>) {
         offset = offset.saturating_add(count);
     }
 }
+
+#[cfg(test)]
+mod tests;

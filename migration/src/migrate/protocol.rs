@@ -26,6 +26,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::frame::{FrameBuffer, FrameError, Kind, PROTOCOL_VERSION};
+use crate::memory::{GuestMemory, ram_regions};
 
 /// What is to move, told before anything is changed on either side.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -81,6 +82,19 @@ pub struct MemoryRegion {
     pub gpa: u64,
     /// Length in bytes.
     pub len: u64,
+}
+
+impl MemoryRegion {
+    /// The regions of a guest's RAM, for its manifest.
+    pub fn all(memory: &GuestMemory) -> Vec<Self> {
+        let regions = ram_regions(memory).into_iter();
+        regions
+            .map(|region| Self {
+                gpa: region.gpa.0,
+                len: region.len,
+            })
+            .collect()
+    }
 }
 
 impl fmt::Display for MemoryRegion {
@@ -274,3 +288,6 @@ pub(super) fn decode<T: DeserializeOwned>(kind: Kind, payload: &[u8]) -> Result<
         Err(error) => Err(malformed(error.to_string())),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -26,13 +26,13 @@ use super::observer::Observer;
 use super::pages::PageBatch;
 use super::params::MigrationParams;
 use super::phase::SourcePhase;
-use super::protocol::{Accept, CHUNK_BYTES, Manifest, Refuse};
+use super::protocol::{Accept, CHUNK_BYTES, Manifest, Refusal, Refuse};
 use super::status::{Downtime, SourceStatus, Status};
 use super::story::Story;
 use super::transport::Connection;
-use crate::addr::{Gpa, PageSize};
+use crate::addr::PageSize;
 use crate::dirty::GuestDirty;
-use crate::memory::{GuestMemory, MemoryHandle, RamRegion};
+use crate::memory::{GuestMemory, MemoryHandle, ram_regions};
 use crate::source::DirtySource;
 use crate::state::{Pause, StateSource};
 use streams::Streams;
@@ -48,7 +48,7 @@ pub struct SourceParts {
     pub memory: MemoryHandle,
     /// Everything that writes guest memory.
     pub sources: Vec<Box<dyn DirtySource>>,
-    /// Everything with state, in the manifest's order.
+    /// Everything with state, in the manifest's order, into which [`new`](Self::new) puts them.
     pub devices: Vec<Box<dyn StateSource>>,
     /// The vCPUs; their state is among the devices.
     pub vcpus: Box<dyn Pause>,
@@ -61,37 +61,51 @@ impl SourceParts {
         manifest: Manifest,
         memory: MemoryHandle,
         sources: Vec<Box<dyn DirtySource>>,
-        devices: Vec<Box<dyn StateSource>>,
+        mut devices: Vec<Box<dyn StateSource>>,
         vcpus: Box<dyn Pause>,
     ) -> Result<Self, MigrationError> {
-        let by = "this host";
-        let mut refusals = check::manifest(&manifest);
-        let ids = devices.iter().map(|device| device.id());
-        refusals.extend(check::fits(&manifest, by, &memory.memory(), ids));
-        let page = match check::page_size(&manifest) {
-            Some(page) if refusals.is_empty() => page,
-            _ => {
-                let by = by.to_owned();
-                return Err(MigrationError::Refused { by, refusals });
-            }
-        };
-        let regions: Vec<_> = manifest
-            .memory
-            .iter()
-            .map(|region| RamRegion {
-                gpa: Gpa(region.gpa),
-                len: region.len,
-            })
-            .collect();
-        let dirty = GuestDirty::new(&regions, page)?;
-        Ok(Self {
+        let page = PageSize::new(manifest.page_size).unwrap_or(PageSize::SIZE_4K);
+        let dirty = GuestDirty::new(&ram_regions(&memory.memory()), page)?;
+        let place = |id: &str| manifest.devices.iter().position(|device| device.id == id);
+        devices.sort_by_key(|device| place(device.id()));
+        let parts = Self {
             manifest,
             memory,
             sources,
             devices,
             vcpus,
             dirty,
-        })
+        };
+        parts.check()?;
+        Ok(parts)
+    }
+
+    /// Whether it all fits together, and can move at all.
+    fn check(&self) -> Result<(), MigrationError> {
+        let by = "this host";
+        let manifest = &self.manifest;
+        let mut refusals = check::manifest(manifest);
+        let ids = self.devices.iter().map(|device| device.id());
+        refusals.extend(check::fits(manifest, by, &self.memory.memory(), ids));
+        let in_order = self
+            .devices
+            .iter()
+            .zip(&manifest.devices)
+            .all(|(device, named)| device.id() == named.id);
+        let tracked = self.dirty.page_size().bytes() == manifest.page_size
+            && self.dirty.ranges() == check::ranges(manifest);
+        if refusals.is_empty() && !(in_order && tracked) {
+            refusals.push(Refusal::new(
+                "manifest",
+                "it was changed since the parts were put together",
+                "put them together anew",
+            ));
+        }
+        if refusals.is_empty() {
+            return Ok(());
+        }
+        let by = by.to_owned();
+        Err(MigrationError::Refused { by, refusals })
     }
 
     /// Which memory the destination of the last attempt does not have.
@@ -232,7 +246,7 @@ impl<'a> Source<'a> {
         story: Story<'a>,
     ) -> Self {
         let pacer = Pacer::new(params.bandwidth_limit());
-        let page = check::page_size(&parts.manifest).unwrap_or(PageSize::SIZE_4K);
+        let page = parts.dirty.page_size();
         let started = Instant::now();
         let memory_bytes = parts.manifest.memory_bytes();
         story.update(|now| now.memory_bytes = memory_bytes);
@@ -276,13 +290,9 @@ impl<'a> Source<'a> {
 
     /// Asks whether the VM can move there, before anything is changed here.
     fn preflight(&mut self) -> Result<(), MigrationError> {
-        let manifest = &self.parts.manifest;
-        let refusals = check::manifest(manifest);
-        if !refusals.is_empty() {
-            let by = "this host".to_owned();
-            return Err(MigrationError::Refused { by, refusals });
-        }
-        self.link.send_message(Kind::Manifest, manifest)?;
+        self.parts.check()?;
+        self.link
+            .send_message(Kind::Manifest, &self.parts.manifest)?;
         let mut payload = Vec::new();
         let awaited = "answer to the manifest";
         match self.link.receive(&mut payload, Wait::Answer, awaited)? {

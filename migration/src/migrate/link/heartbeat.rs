@@ -80,6 +80,7 @@ fn beat(writer: &Mutex<Writer>, limits: Limits, stop: &(Mutex<bool>, Condvar)) {
             continue;
         }
         // A failure is found by the main thread at its next frame.
-        let _ = writer.send(Kind::Progress, &mut frame, &patience);
+        frame.clear();
+        writer.send_small(Kind::Progress, &mut frame, &patience);
     }
 }

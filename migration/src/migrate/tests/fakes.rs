@@ -339,6 +339,8 @@ pub(super) struct SinkView {
 
 pub(super) struct FakeSink {
     pub(super) id: String,
+    /// How long it takes to load.
+    pub(super) delay: Duration,
     pub(super) view: SinkView,
     pub(super) failure: Failure,
 }
@@ -361,6 +363,7 @@ impl StateSink for FakeSink {
 
     fn finish_load(&mut self) -> Result<(), StateError> {
         assert_eq!(*self.view.mode.lock(), SinkMode::Prepared);
+        std::thread::sleep(self.delay);
         *self.view.mode.lock() = SinkMode::Loaded;
         self.failure.check(&self.id, "finish_load")
     }

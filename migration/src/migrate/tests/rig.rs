@@ -115,7 +115,10 @@ pub(super) struct Host {
     pub(super) refusals: Vec<Refusal>,
     pub(super) aborted: Option<String>,
     pub(super) prepared: bool,
+    /// How long it takes to prepare.
     pub(super) delay: Duration,
+    /// How long the first device takes to load.
+    pub(super) load_delay: Duration,
 }
 
 impl Host {
@@ -129,6 +132,7 @@ impl Host {
             aborted: None,
             prepared: false,
             delay: Duration::ZERO,
+            load_delay: Duration::ZERO,
         }
     }
 
@@ -156,8 +160,14 @@ impl DestinationHost for Host {
                 } else {
                     Failure::default()
                 };
+                let delay = if index == 0 {
+                    self.load_delay
+                } else {
+                    Duration::ZERO
+                };
                 Box::new(FakeSink {
                     id: id.into(),
+                    delay,
                     view: self.sinks[index].clone(),
                     failure,
                 }) as Box<dyn crate::StateSink>
