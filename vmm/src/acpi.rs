@@ -25,6 +25,8 @@ use crate::layout;
 const OEM_ID: [u8; 6] = *b"FERRY ";
 const OEM_TABLE_ID: [u8; 8] = *b"FERRYVMM";
 const OEM_REVISION: u32 = 1;
+/// IAPC_BOOT_ARCH: there is no CMOS real-time clock (ACPI 6.5, 5.2.9.3).
+const NO_CMOS_CLOCK: u16 = 1 << 5;
 /// The DSDT's header is 36 bytes (ACPI 6.5, 5.2.6).
 const SDT_HEADER: u32 = 36;
 
@@ -116,6 +118,8 @@ fn fadt(dsdt: u64) -> FADTBuilder {
         .flag(Flags::ResetRegSup)
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
+    // No CMOS clock (IAPC_BOOT_ARCH bit 5): guests take the time from kvmclock.
+    fadt.iapc_boot_arch = NO_CMOS_CLOCK.into();
     fadt.reset_reg = io_register(devices::acpi::RESET_PORT);
     fadt.reset_value = devices::acpi::RESET_VALUE;
     fadt.sleep_control_reg = io_register(devices::acpi::SLEEP_CONTROL_PORT);
@@ -160,11 +164,9 @@ fn pci_root(aml: &mut Vec<u8>) {
         low(last),
         None,
     );
-    let resources = ResourceTemplate::new(vec![
-        &AddressSpace::<u16>::new_bus_number(0, 0),
-        &IO::new(layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT, 1, 8),
-        &window,
-    ]);
+    let buses = AddressSpace::<u16>::new_bus_number(0, 0);
+    let ports = IO::new(layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT, 1, 8);
+    let resources = ResourceTemplate::new(vec![&buses, &ports, &window]);
     let crs = Name::new("_CRS".into(), &resources);
     let hid = Name::new("_HID".into(), &EISAName::new("PNP0A08"));
     let cid = Name::new("_CID".into(), &EISAName::new("PNP0A03"));
@@ -183,10 +185,9 @@ fn pci_root(aml: &mut Vec<u8>) {
 }
 
 fn serial(aml: &mut Vec<u8>) {
-    let resources = ResourceTemplate::new(vec![
-        &Interrupt::new(true, true, false, false, layout::COM1_IRQ),
-        &IO::new(layout::COM1_PORT, layout::COM1_PORT, 1, 8),
-    ]);
+    let interrupt = Interrupt::new(true, true, false, false, layout::COM1_IRQ);
+    let ports = IO::new(layout::COM1_PORT, layout::COM1_PORT, 1, 8);
+    let resources = ResourceTemplate::new(vec![&interrupt, &ports]);
     let crs = Name::new("_CRS".into(), &resources);
     let hid = Name::new("_HID".into(), &EISAName::new("PNP0501"));
     let uid = Name::new("_UID".into(), &ZERO);

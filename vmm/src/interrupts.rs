@@ -6,19 +6,13 @@ use std::io;
 use std::sync::Arc;
 
 use devices::interrupt::{InterruptError, IrqLine, MsiFabric, MsiLine, MsiMessage};
-use hypervisor::{HypervisorError, IrqRoute, Vm};
+use hypervisor::{Error as HypervisorError, MsiRoute, Vm};
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::layout;
-
-/// Pins of the PICs and the I/O APIC that are routed from the start, as PCs have them.
-const IOAPIC_PINS: u32 = 24;
-const PIC_MASTER: u32 = 0;
-const PIC_SLAVE: u32 = 1;
-const IOAPIC: u32 = 2;
 
 fn backend(operation: &'static str) -> impl FnOnce(HypervisorError) -> InterruptError {
     move |error| InterruptError::Backend { operation, cause: io::Error::other(error) }
@@ -66,21 +60,12 @@ impl InterruptManager {
     }
 
     fn commit(&self, table: &Table) -> Result<(), InterruptError> {
-        let mut routes: Vec<IrqRoute> = Vec::with_capacity(40 + table.messages.len());
-        for gsi in 0..IOAPIC_PINS {
-            match gsi {
-                0..8 => routes.push(IrqRoute::Pin { gsi, chip: PIC_MASTER, pin: gsi }),
-                8..16 => routes.push(IrqRoute::Pin { gsi, chip: PIC_SLAVE, pin: gsi - 8 }),
-                _ => {}
-            }
-            routes.push(IrqRoute::Pin { gsi, chip: IOAPIC, pin: gsi });
-        }
-        routes.extend(table.messages.iter().map(|(&gsi, message)| IrqRoute::Msi {
-            gsi,
-            address: message.address,
-            data: message.data,
-        }));
-        self.vm.set_irq_routes(&routes).map_err(backend("routing"))
+        let routes: Vec<MsiRoute> = table
+            .messages
+            .iter()
+            .map(|(&gsi, message)| MsiRoute { gsi, address: message.address, data: message.data })
+            .collect();
+        self.vm.set_msi_routes(&routes).map_err(backend("routing"))
     }
 
     /// Sets or removes the message of `gsi`. `bind` runs between the new route and the unlock, so

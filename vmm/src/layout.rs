@@ -61,10 +61,6 @@ pub const ECAM_SIZE: u64 = 0x10_0000;
 pub const IOAPIC_START: u32 = 0xfec0_0000;
 /// Local APIC registers (fixed in KVM).
 pub const LAPIC_START: u32 = 0xfee0_0000;
-/// Three pages that KVM needs for real mode on some processors.
-pub const KVM_TSS: u64 = 0xfffb_d000;
-/// One page that KVM needs for an identity map on some processors.
-pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 
 /// First serial port.
 pub const COM1_PORT: u16 = 0x3f8;
@@ -72,12 +68,8 @@ pub const COM1_PORT: u16 = 0x3f8;
 pub const COM1_IRQ: u32 = 4;
 /// i8042 command port (reset only).
 pub const I8042_PORT: u16 = 0x60;
-/// CMOS and real-time clock.
-pub const RTC_PORT: u16 = 0x70;
 /// Diagnostic port of a PC; writes are dropped.
 pub const DEBUG_PORT: u16 = 0x80;
-/// ACPI sleep control, sleep status and reset registers.
-pub const ACPI_PM_PORT: u16 = 0x600;
 /// Legacy PCI configuration ports.
 pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 /// First GSI for MSI-X vectors: above the pins of the I/O APIC.

@@ -3,9 +3,16 @@
 //! - [`config`]: what a VM is made of, from JSON or the command line.
 //! - [`api`]: what can be asked of the VMM, and the REST server that asks it.
 
+pub mod acpi;
 pub mod api;
+pub mod boot;
 pub mod cli;
 pub mod config;
+pub mod exit;
 pub mod inherited;
 pub mod metrics;
+pub mod interrupts;
+pub mod layout;
+pub mod memory;
 pub mod seccomp;
+pub mod vcpu;

@@ -8,8 +8,7 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError,
     GuestRegionMmap, MmapRegion,
 };
-use vm_migration::dirty::RamRegion;
-use vm_migration::memory::{GuestMemory, MemoryHandle, WriteLog};
+use vm_migration::memory::{GuestMemory, MemoryHandle, RamRegion, WriteLog};
 use vm_migration::{Gpa, PageSize};
 
 use crate::config::MemoryConfig;

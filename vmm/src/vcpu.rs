@@ -6,8 +6,7 @@ use std::thread::JoinHandle;
 
 use devices::bus::Bus;
 use devices::thread::{ThreadKind, ThreadSpawner};
-use hypervisor::kick::Kicker;
-use hypervisor::{HypervisorError, Vcpu, VcpuExit};
+use hypervisor::{Error as HypervisorError, Vcpu, VcpuExit, VcpuKicker};
 use parking_lot::{Condvar, Mutex};
 
 use crate::exit::{ExitReason, ExitSender};
@@ -62,7 +61,6 @@ enum Doing {
 struct Gate {
     wanted: Wanted,
     doing: Vec<Doing>,
-    kickers: Vec<Option<Kicker>>,
 }
 
 struct Shared {
@@ -71,6 +69,7 @@ struct Shared {
     pio: Arc<Bus>,
     mmio: Arc<Bus>,
     exits: ExitSender,
+    kickers: Vec<VcpuKicker>,
 }
 
 /// All vCPUs of a VM. They stand still at first.
@@ -105,8 +104,8 @@ impl Vcpus {
             gate: Mutex::new(Gate {
                 wanted: Wanted::Stand,
                 doing: vec![Doing::Standing; count],
-                kickers: vec![None; count],
             }),
+            kickers: cpus.iter().map(|cpu| cpu.kicker()).collect(),
             changed: Condvar::new(),
             pio: around.pio,
             mmio: around.mmio,
@@ -137,9 +136,7 @@ impl Vcpus {
     pub fn pause(&self) -> Result<(), VcpuError> {
         let mut gate = self.shared.gate.lock();
         gate.wanted = Wanted::Stand;
-        for kicker in gate.kickers.iter().flatten() {
-            kicker.kick();
-        }
+        self.shared.kick_all();
         while gate.doing.contains(&Doing::Running) {
             self.shared.changed.wait(&mut gate);
         }
@@ -171,9 +168,7 @@ impl Drop for Vcpus {
         {
             let mut gate = self.shared.gate.lock();
             gate.wanted = Wanted::End;
-            for kicker in gate.kickers.iter().flatten() {
-                kicker.kick();
-            }
+            self.shared.kick_all();
             self.shared.changed.notify_all();
         }
         for thread in self.threads.drain(..) {
@@ -193,10 +188,27 @@ enum Leave {
 }
 
 impl Shared {
+    fn kick_all(&self) {
+        for kicker in &self.kickers {
+            if let Err(error) = kicker.kick() {
+                tracing::error!(%error, "cannot signal a vCPU; it stops at its next exit");
+            }
+        }
+    }
+
     /// The life of a vCPU's thread.
     fn serve(&self, id: usize, cpu: &Mutex<Box<dyn Vcpu>>) {
-        if let Some(slot) = self.gate.lock().kickers.get_mut(id) {
-            *slot = Some(Kicker::current_thread());
+        let leave = self.serve_until_end(id, cpu);
+        self.note(&mut self.gate.lock(), id, Doing::Ended);
+        if let Some(reason) = leave {
+            self.exits.send(reason);
+        }
+    }
+
+    fn serve_until_end(&self, id: usize, cpu: &Mutex<Box<dyn Vcpu>>) -> Option<ExitReason> {
+        let attached = cpu.lock().kicker().attach();
+        if let Err(error) = &attached {
+            return Some(ExitReason::Failed(describe(error)));
         }
         loop {
             let mut gate = self.gate.lock();
@@ -204,27 +216,16 @@ impl Shared {
                 self.changed.wait(&mut gate);
             }
             if gate.wanted == Wanted::End {
-                break;
+                return None;
             }
             self.note(&mut gate, id, Doing::Running);
             drop(gate);
-            let leave = self.stay_in_guest(cpu);
-            let mut gate = self.gate.lock();
-            match leave {
-                Leave::Asked => self.note(&mut gate, id, Doing::Standing),
-                Leave::Done(reason) => {
-                    self.note(&mut gate, id, Doing::Ended);
-                    drop(gate);
-                    self.exits.send(reason);
-                    break;
-                }
+            match self.stay_in_guest(&mut **cpu.lock()) {
+                Ok(Leave::Asked) => self.note(&mut self.gate.lock(), id, Doing::Standing),
+                Ok(Leave::Done(reason)) => return Some(reason),
+                Err(error) => return Some(ExitReason::Failed(describe(&error))),
             }
         }
-        let mut gate = self.gate.lock();
-        if let Some(slot) = gate.kickers.get_mut(id) {
-            *slot = None;
-        }
-        self.note(&mut gate, id, Doing::Ended);
     }
 
     fn note(&self, gate: &mut Gate, id: usize, doing: Doing) {
@@ -234,62 +235,66 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    fn stay_in_guest(&self, cpu: &Mutex<Box<dyn Vcpu>>) -> Leave {
-        let mut cpu = cpu.lock();
-        let bound = cpu.bind_to_thread();
-        // A kick from before the binding was lost, but what it was for was set before it came.
-        let mut leave = (self.gate.lock().wanted != Wanted::Run).then_some(Leave::Asked);
+    fn stay_in_guest(&self, cpu: &mut dyn Vcpu) -> Result<Leave, HypervisorError> {
         let leave = loop {
-            if let Some(leave) = leave {
-                break leave;
+            match self.answer(cpu.run()?) {
+                Step::Again => {}
+                Step::Interrupted if self.gate.lock().wanted == Wanted::Run => {}
+                Step::Interrupted => break Leave::Asked,
+                Step::Done(reason) => return Ok(Leave::Done(reason)),
             }
-            leave = match self.step(&mut **cpu) {
-                Ok(leave) => leave,
-                Err(error) => Some(Leave::Done(ExitReason::Failed(describe(&error)))),
-            };
         };
-        drop(bound);
-        // An access that the guest began must not be half done when the state is read.
-        match cpu.complete_pending_io() {
-            Ok(()) => leave,
-            Err(error) => Leave::Done(ExitReason::Failed(describe(&error))),
+        // An access that the guest began must not be half done when its state is read; one
+        // access may take several exits.
+        loop {
+            match self.answer(cpu.complete_pending_io()?) {
+                Step::Again => {}
+                Step::Interrupted => return Ok(leave),
+                Step::Done(reason) => return Ok(Leave::Done(reason)),
+            }
         }
     }
 
-    /// Runs to the next exit and answers it.
-    fn step(&self, cpu: &mut dyn Vcpu) -> Result<Option<Leave>, HypervisorError> {
-        let done = |reason| Ok(Some(Leave::Done(reason)));
-        match cpu.run()? {
-            VcpuExit::IoIn(port, data) => self.pio.read(u64::from(port), data),
-            VcpuExit::IoOut(port, data) => self.pio.write(u64::from(port), data),
-            VcpuExit::MmioRead(address, data) => self.mmio.read(address.0, data),
-            VcpuExit::MmioWrite(address, data) => self.mmio.write(address.0, data),
-            VcpuExit::Interrupted => {
-                cpu.clear_kick();
-                if self.gate.lock().wanted != Wanted::Run {
-                    return Ok(Some(Leave::Asked));
+    fn answer(&self, exit: VcpuExit<'_>) -> Step {
+        match exit {
+            VcpuExit::IoIn { port, size, data } => {
+                for access in data.chunks_mut(size.max(1)) {
+                    self.pio.read(u64::from(port), access);
                 }
             }
-            // The guest resets by a triple fault as a last resort.
-            VcpuExit::Shutdown => return done(ExitReason::Reset),
-            VcpuExit::SystemEvent(kind) => return done(ExitReason::from_system_event(kind)),
-            VcpuExit::Hlt => return done(ExitReason::Failed("halted without an interrupt chip".into())),
-            VcpuExit::FailEntry { reason } => {
-                return done(ExitReason::Failed(format!("the processor refused entry, reason {reason:#x}")));
+            VcpuExit::IoOut { port, size, data } => {
+                for access in data.chunks(size.max(1)) {
+                    self.pio.write(u64::from(port), access);
+                }
             }
-            VcpuExit::Other(exit) => return done(ExitReason::Failed(format!("exit {exit}"))),
-            VcpuExit::InternalError => {
-                let (suberror, data) = cpu.internal_error();
-                let rip = cpu.regs().map(|regs| regs.rip).unwrap_or_default();
-                return done(ExitReason::Failed(format!(
-                    "KVM internal error {suberror} at rip {rip:#x}, data {data:x?}"
-                )));
+            VcpuExit::MmioRead { address, data } => self.mmio.read(address.0, data),
+            VcpuExit::MmioWrite { address, data } => self.mmio.write(address.0, data),
+            VcpuExit::Interrupted => return Step::Interrupted,
+            // A guest resets by a triple fault as its last resort.
+            VcpuExit::Shutdown => return Step::Done(ExitReason::Reset),
+            VcpuExit::SystemEvent { kind } => {
+                return Step::Done(ExitReason::from_system_event(kind));
+            }
+            failure @ (VcpuExit::Hlt
+            | VcpuExit::InternalError { .. }
+            | VcpuExit::FailEntry { .. }
+            | VcpuExit::MemoryFault { .. }
+            | VcpuExit::Other(_)) => {
+                return Step::Done(ExitReason::Failed(format!("vCPU cannot go on: {failure:x?}")));
             }
         }
-        Ok(None)
+        Step::Again
     }
 }
 
+/// What follows from an exit.
+enum Step {
+    Again,
+    Interrupted,
+    Done(ExitReason),
+}
+
+/// An error with all its causes, on one line.
 fn describe(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

@@ -46,7 +46,7 @@ pub(super) fn write_zero_page(
     params.acpi_rsdp_addr = payload.rsdp.0;
     let map = memory_map(memory);
     for (slot, (addr, size, kind)) in params.e820_table.iter_mut().zip(&map) {
-        *slot = boot_e820_entry { addr: *addr, size: *size, type_: *kind };
+        *slot = boot_e820_entry { addr: *addr, size: *size, r#type: *kind };
     }
     params.e820_entries = u8::try_from(map.len()).unwrap_or(u8::MAX);
     write(memory, "zero page", layout::ZERO_PAGE, params.as_slice())

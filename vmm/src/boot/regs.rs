@@ -1,6 +1,6 @@
 //! Register state of the first vCPU at the kernel's entry point.
 
-use hypervisor::{Regs, Segment, Sregs};
+use hypervisor::{Registers, Segment, SpecialRegisters};
 use vm_migration::memory::GuestMemory;
 
 use super::{BootError, write};
@@ -45,8 +45,8 @@ impl EntryState {
     }
 
     /// General registers.
-    pub fn regs(&self) -> Regs {
-        let mut regs = Regs { rip: self.entry, rflags: RFLAGS_FIXED, ..Default::default() };
+    pub fn regs(&self) -> Registers {
+        let mut regs = Registers { rip: self.entry, rflags: RFLAGS_FIXED, ..Default::default() };
         match self.mode {
             Mode::Pvh => regs.rbx = layout::PVH_INFO,
             Mode::Linux64 => {
@@ -59,7 +59,7 @@ impl EntryState {
     }
 
     /// Changes `sregs`, as KVM gave them, to what the protocol wants.
-    pub fn apply_sregs(&self, sregs: &mut Sregs) {
+    pub fn apply_sregs(&self, sregs: &mut SpecialRegisters) {
         let long = self.mode == Mode::Linux64;
         let data = segment(0x10, 0x3, false);
         sregs.cs = Segment { l: u8::from(long), db: u8::from(!long), ..segment(0x8, 0xb, false) };
