@@ -14,5 +14,6 @@ pub mod metrics;
 pub mod interrupts;
 pub mod layout;
 pub mod memory;
+pub mod power;
 pub mod seccomp;
 pub mod vcpu;

@@ -1,14 +1,12 @@
 //! The guest's RAM: where it lies in the guest, what backs it on the host.
 
 use std::fs::File;
-use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError,
-    GuestRegionMmap, MmapRegion,
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestRegionMmap};
+use vm_migration::memory::{
+    Backing, GuestMemory, MemoryHandle, RamMapping, RamRegion, WriteLog, map_ram, ram_regions,
 };
-use vm_migration::memory::{GuestMemory, MemoryHandle, RamRegion, WriteLog};
 use vm_migration::{Gpa, PageSize};
 
 use crate::config::MemoryConfig;
@@ -30,21 +28,9 @@ pub enum MemoryError {
         #[source]
         cause: std::io::Error,
     },
-    /// The mapping could not be made.
-    #[error("cannot map {size} bytes of guest RAM")]
-    Map {
-        /// How many bytes.
-        size: u64,
-        /// What the mapping said.
-        #[source]
-        cause: vm_memory::mmap::MmapRegionError,
-    },
-    /// The regions do not make a guest memory.
-    #[error("cannot arrange guest RAM")]
-    Arrange(#[source] GuestRegionCollectionError),
-    /// The size is not one this host can address.
-    #[error("guest RAM of {0} bytes is more than this host can address")]
-    TooLarge(u64),
+    /// The memory could not be mapped.
+    #[error("cannot map guest RAM")]
+    Map(#[source] vm_migration::memory::MemoryError),
 }
 
 /// Guest RAM with what is needed to hand it to KVM and to other processes.
@@ -60,11 +46,16 @@ impl Ram {
     /// # Errors
     /// See [`MemoryError`].
     pub fn new(config: &MemoryConfig) -> Result<Self, MemoryError> {
-        let mut regions = Vec::new();
-        for (start, size) in split(config.size) {
-            regions.push(Arc::new(map_region(config, start, size)?));
+        let mappings = split(config.size)
+            .into_iter()
+            .map(|(start, len)| {
+                Ok(RamMapping { gpa: Gpa(start.0), len, backing: backing(config, len)? })
+            })
+            .collect::<Result<Vec<_>, MemoryError>>()?;
+        let memory = map_ram(mappings).map_err(MemoryError::Map)?;
+        if !config.hugepages {
+            memory.iter().for_each(advise_huge);
         }
-        let memory = GuestMemory::from_arc_regions(regions).map_err(MemoryError::Arrange)?;
         let page = u64::try_from(rustix::param::page_size()).unwrap_or(0);
         let page_size = PageSize::new(page).unwrap_or(PageSize::SIZE_4K);
         Ok(Self { handle: MemoryHandle::new(memory), page_size })
@@ -82,12 +73,13 @@ impl Ram {
 
     /// The regions, in order.
     pub fn regions(&self) -> Vec<RamRegion> {
+        ram_regions(&self.memory())
+    }
+
+    /// The memory as it is now.
+    pub fn memory(&self) -> impl std::ops::Deref<Target = GuestMemory> + Clone + use<> {
         use vm_memory::GuestAddressSpace;
-        let memory = self.handle.memory();
-        memory
-            .iter()
-            .map(|region| RamRegion { gpa: Gpa(region.start_addr().0), len: region.len() })
-            .collect()
+        self.handle.memory()
     }
 }
 
@@ -101,28 +93,11 @@ pub fn split(size: u64) -> Vec<(GuestAddress, u64)> {
     regions
 }
 
-fn map_region(
-    config: &MemoryConfig,
-    start: GuestAddress,
-    size: u64,
-) -> Result<GuestRegionMmap<WriteLog>, MemoryError> {
-    let length = usize::try_from(size).map_err(|_| MemoryError::TooLarge(size))?;
-    let file = if config.shared || config.hugepages {
-        Some(FileOffset::new(memfd(config, size)?, 0))
-    } else {
-        None
-    };
-    let prot = libc::PROT_READ | libc::PROT_WRITE;
-    // Shared only if others are to see the pages; a private mapping of huge pages stays ours.
-    let sharing = if config.shared || file.is_some() { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
-    let anonymous = if file.is_some() { 0 } else { libc::MAP_ANONYMOUS };
-    let flags = sharing | anonymous | libc::MAP_NORESERVE;
-    let mapping = MmapRegion::<WriteLog>::build(file, length, prot, flags)
-        .map_err(|cause| MemoryError::Map { size, cause })?;
-    if !config.hugepages {
-        advise_huge(&mapping);
+fn backing(config: &MemoryConfig, len: u64) -> Result<Backing, MemoryError> {
+    if config.shared || config.hugepages {
+        return Ok(Backing::File { file: memfd(config, len)?, offset: 0 });
     }
-    GuestRegionMmap::new(mapping, start).ok_or(MemoryError::TooLarge(size))
+    Ok(Backing::Anonymous)
 }
 
 fn memfd(config: &MemoryConfig, size: u64) -> Result<File, MemoryError> {
@@ -163,12 +138,12 @@ fn huge_flag(size: Option<u64>) -> MemfdFlags {
 }
 
 /// Asks for transparent huge pages; the host may not have them, which is no error.
-fn advise_huge(mapping: &MmapRegion<WriteLog>) {
-    // SAFETY: the range is the mapping just made; MADV_HUGEPAGE changes no content.
+fn advise_huge(region: &GuestRegionMmap<WriteLog>) {
+    // SAFETY: the range is the region's own mapping; MADV_HUGEPAGE changes no content.
     let result = unsafe {
         rustix::mm::madvise(
-            mapping.as_ptr().cast(),
-            mapping.size(),
+            region.as_ptr().cast(),
+            region.size(),
             rustix::mm::Advice::LinuxHugepage,
         )
     };
