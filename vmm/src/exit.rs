@@ -1,6 +1,7 @@
 //! What the guest, or the failure of a part, asks of the control loop.
 
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 
@@ -75,15 +76,18 @@ impl ExitSender {
 }
 
 impl ExitInbox {
-    /// Readable while there may be news.
-    pub fn event(&self) -> &EventFd {
-        &self.event
-    }
-
     /// The next news, if any.
     pub fn take(&self) -> Option<ExitReason> {
         // Drained first, so that news sent after the last one was taken wakes again.
         let _ = self.event.read();
         self.receiver.try_recv().ok()
+    }
+}
+
+impl AsFd for ExitInbox {
+    /// Readable while there may be news.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the eventfd is open as long as `self`, which the borrow does not outlive.
+        unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) }
     }
 }

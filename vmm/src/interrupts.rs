@@ -14,6 +14,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::layout;
 
+/// `KVM_MAX_IRQ_ROUTES` (linux/kvm_host.h): interrupt numbers are below it.
+const MAX_GSI: u32 = 4096;
+
 fn backend(operation: &'static str) -> impl FnOnce(HypervisorError) -> InterruptError {
     move |error| InterruptError::Backend { operation, cause: io::Error::other(error) }
 }
@@ -22,7 +25,6 @@ fn backend(operation: &'static str) -> impl FnOnce(HypervisorError) -> Interrupt
 pub struct InterruptManager {
     vm: Arc<dyn Vm>,
     table: Mutex<Table>,
-    max_gsi: u32,
 }
 
 struct Table {
@@ -36,14 +38,13 @@ impl InterruptManager {
     ///
     /// # Errors
     /// When the hypervisor refuses the routes.
-    pub fn new(vm: Arc<dyn Vm>, max_routes: u32) -> Result<Arc<Self>, InterruptError> {
+    pub fn new(vm: Arc<dyn Vm>) -> Result<Arc<Self>, InterruptError> {
         let manager = Arc::new(Self {
             vm,
             table: Mutex::new(Table {
                 messages: BTreeMap::new(),
                 next_gsi: layout::FIRST_MSI_GSI,
             }),
-            max_gsi: max_routes,
         });
         manager.commit(&manager.table.lock())?;
         Ok(manager)
@@ -99,7 +100,7 @@ impl MsiFabric for Fabric {
     fn allocate(&self, count: u16) -> Result<Vec<Arc<dyn MsiLine>>, InterruptError> {
         let mut table = self.0.table.lock();
         let first = table.next_gsi;
-        let free = self.0.max_gsi.saturating_sub(first);
+        let free = MAX_GSI.saturating_sub(first);
         if u32::from(count) > free {
             let free = u16::try_from(free).unwrap_or(u16::MAX);
             return Err(InterruptError::Exhausted { wanted: count, free });

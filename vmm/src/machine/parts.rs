@@ -1,0 +1,107 @@
+//! Parts of a machine that are no devices but have state that moves: the vCPUs, and what the
+//! hypervisor keeps for the whole VM (interrupt chips, timer, clock).
+
+use std::sync::Arc;
+
+use hypervisor::{Vcpu, VcpuState, Vm, VmState};
+use serde::{Deserialize, Serialize};
+use vm_migration::{Pause, SaveRestore, StateError};
+
+use crate::config::MAX_VCPUS;
+use crate::vcpu::Vcpus;
+
+/// Identifier of the vCPUs' state.
+pub const CPUS_ID: &str = "vcpus";
+/// Identifier of the state the hypervisor keeps for the whole VM.
+pub const CHIPS_ID: &str = "vm";
+
+const VERSION: u16 = 1;
+
+fn failed(
+    id: &str,
+    operation: &'static str,
+    cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> StateError {
+    StateError::Failed { id: id.into(), operation, cause: cause.into() }
+}
+
+/// All vCPUs as one part. They are paused and resumed by the migration engine itself, not as a
+/// device, so that they stop first and start last.
+pub struct CpuState(pub Arc<Vcpus>);
+
+#[derive(Serialize, Deserialize)]
+struct SavedCpus {
+    version: u16,
+    cpus: Vec<Vec<u8>>,
+}
+
+impl SaveRestore for CpuState {
+    // A constant of small numbers.
+    const MAX_STATE_BYTES: usize = VcpuState::MAX_BYTES * MAX_VCPUS as usize;
+
+    fn save(&mut self) -> Result<Vec<u8>, StateError> {
+        let mut cpus = Vec::new();
+        for cpu in self.0.cpus() {
+            let mut cpu = cpu.lock();
+            let state = cpu.save().map_err(|cause| failed(CPUS_ID, "save", cause))?;
+            mark_paused(&**cpu);
+            cpus.push(state.encode().map_err(|cause| failed(CPUS_ID, "save", cause))?);
+        }
+        postcard::to_stdvec(&SavedCpus { version: VERSION, cpus })
+            .map_err(|cause| failed(CPUS_ID, "save", cause))
+    }
+
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        let bad = |reason: String| StateError::BadState { id: CPUS_ID.into(), reason };
+        let saved: SavedCpus =
+            postcard::from_bytes(bytes).map_err(|error| bad(error.to_string()))?;
+        if saved.version != VERSION {
+            return Err(bad(format!("version {}, {VERSION} is known", saved.version)));
+        }
+        let (here, there) = (self.0.cpus().len(), saved.cpus.len());
+        if here != there {
+            return Err(bad(format!("{there} vCPUs were saved, {here} are here")));
+        }
+        for (cpu, bytes) in self.0.cpus().iter().zip(&saved.cpus) {
+            let state =
+                VcpuState::decode(bytes).map_err(|cause| failed(CPUS_ID, "decode", cause))?;
+            cpu.lock().restore(&state).map_err(|cause| failed(CPUS_ID, "restore", cause))?;
+        }
+        Ok(())
+    }
+}
+
+/// Tells the guest's clock watchdog that it stood still, so that it does not cry.
+fn mark_paused(cpu: &dyn Vcpu) {
+    if let Err(error) = cpu.mark_paused() {
+        tracing::debug!(%error, "the guest cannot be told that it stood still");
+    }
+}
+
+/// Interrupt chips, timer and clock.
+pub struct VmChips(pub Arc<dyn Vm>);
+
+impl SaveRestore for VmChips {
+    const MAX_STATE_BYTES: usize = VmState::MAX_BYTES;
+
+    fn save(&mut self) -> Result<Vec<u8>, StateError> {
+        let state = self.0.save().map_err(|cause| failed(CHIPS_ID, "save", cause))?;
+        state.encode().map_err(|cause| failed(CHIPS_ID, "save", cause))
+    }
+
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        let state = VmState::decode(bytes).map_err(|cause| failed(CHIPS_ID, "decode", cause))?;
+        self.0.restore(&state).map_err(|cause| failed(CHIPS_ID, "restore", cause))
+    }
+}
+
+impl Pause for VmChips {
+    /// They do nothing by themselves that the vCPUs do not see.
+    fn pause(&mut self) -> Result<(), StateError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), StateError> {
+        Ok(())
+    }
+}
