@@ -1,5 +1,6 @@
 //! The devices of a machine and where they are.
 
+use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use devices::acpi::{self, AcpiPower, I8042, Sink};
@@ -7,11 +8,18 @@ use devices::bus::{Bus, BusDevice};
 use devices::serial::{self, Serial};
 use devices::terminal::Terminal;
 use hypervisor::Vm;
+use net_util::tap::{Tap, TapName};
 use parking_lot::Mutex;
+use pci::PciBus;
+use virtio_devices::net::{Net, NetBackend, NetCounters, NetOptions};
+use virtio_devices::{Console, Rng, VirtioDevice, VirtioPciDevice, VirtioPciParts};
+use vm_migration::Pause;
 
+use super::pci::PciRoot;
 use super::{Host, MachineError};
-use crate::config::{ConsoleConfig, VmConfig};
-use crate::interrupts::InterruptManager;
+use crate::config::{ConsoleConfig, NetConfig, VmConfig};
+use crate::inherited;
+use crate::interrupts::{Fabric, InterruptManager};
 use crate::layout;
 use crate::memory::Ram;
 use crate::power::PowerButton;
@@ -25,9 +33,23 @@ pub(super) struct Board<'a> {
     pub(super) mmio: &'a Arc<Bus>,
 }
 
+/// A virtio device on the bus.
+pub struct VirtioFunction {
+    /// Identifier.
+    pub id: String,
+    /// What it is, for a migration's manifest.
+    pub kind: &'static str,
+    /// The device.
+    pub device: Arc<Mutex<VirtioPciDevice>>,
+    /// What a network card counts.
+    pub counters: Option<Arc<NetCounters>>,
+}
+
 /// The devices of a machine.
 pub struct Devices {
     serial: Option<Arc<Mutex<Serial>>>,
+    virtio: Vec<VirtioFunction>,
+    bus: Arc<PciBus>,
 }
 
 impl Devices {
@@ -39,21 +61,116 @@ impl Devices {
     ) -> Result<Self, MachineError> {
         legacy(host, board)?;
         let serial = serial_port(config, host, board)?;
-        Ok(Self { serial })
+        let mut root = PciRoot::new(board)?;
+        let mut virtio = Vec::new();
+        // Console and entropy come first, so that adding a NIC moves no other device.
+        if let Some(terminal) = terminal("the console", &config.console)? {
+            let console = Console::new("_console", Arc::new(terminal));
+            virtio.push(function("virtio-console", Box::new(console), None, host, board)?);
+        }
+        virtio.push(function("virtio-rng", Box::new(Rng::new("_rng")), None, host, board)?);
+        for net in &config.net {
+            let (device, counters) = network(net)?;
+            virtio.push(function("virtio-net", device, Some(counters), host, board)?);
+        }
+        for function in &virtio {
+            root.add(function.device.clone())?;
+        }
+        Ok(Self { serial, virtio, bus: Arc::clone(root.bus()) })
     }
 
     /// Lets all devices go on, in the order they were made.
     pub(super) fn resume(&self) -> Result<(), MachineError> {
+        for function in &self.virtio {
+            let resumed = function.device.lock().resume();
+            resumed.map_err(|cause| MachineError::State { operation: "go on", cause })?;
+        }
         Ok(())
     }
 
     /// Stops all devices, in the reverse order.
     pub(super) fn pause(&self) -> Result<(), MachineError> {
+        for function in self.virtio.iter().rev() {
+            let paused = function.device.lock().pause();
+            paused.map_err(|cause| MachineError::State { operation: "stop", cause })?;
+        }
         Ok(())
+    }
+
+    /// The serial port, if there is one.
+    pub fn serial(&self) -> Option<&Arc<Mutex<Serial>>> {
+        self.serial.as_ref()
+    }
+
+    /// The virtio devices, in the order of their slots.
+    pub fn virtio(&self) -> &[VirtioFunction] {
+        &self.virtio
+    }
+
+    /// The PCI bus.
+    pub fn bus(&self) -> &Arc<PciBus> {
+        &self.bus
     }
 }
 
-fn place(
+fn function(
+    kind: &'static str,
+    device: Box<dyn VirtioDevice>,
+    counters: Option<Arc<NetCounters>>,
+    host: &Host,
+    board: &Board<'_>,
+) -> Result<VirtioFunction, MachineError> {
+    let id = device.id().to_owned();
+    let parts = VirtioPciParts {
+        device,
+        memory: board.ram.handle().clone(),
+        fabric: Arc::new(Fabric(Arc::clone(board.interrupts))),
+        spawner: host.spawner.clone(),
+    };
+    let device = VirtioPciDevice::new(parts).map_err(MachineError::device(&id))?;
+    Ok(VirtioFunction { id, kind, device: Arc::new(Mutex::new(device)), counters })
+}
+
+fn network(
+    config: &NetConfig,
+) -> Result<(Box<dyn VirtioDevice>, Arc<NetCounters>), MachineError> {
+    let id = &config.id;
+    let pairs = NonZeroU16::new(config.num_queues / 2).unwrap_or(NonZeroU16::MIN);
+    let tap = match &config.tap {
+        Some(name) => {
+            let name = TapName::new(name).map_err(MachineError::device(id))?;
+            let tap = Tap::open(&name, pairs).map_err(MachineError::device(id))?;
+            tap.set_up().map_err(MachineError::device(id))?;
+            tap
+        }
+        None => {
+            let fds = config
+                .fds
+                .iter()
+                .map(|fd| inherited::duplicate(*fd))
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(MachineError::device(id))?;
+            Tap::from_fds(fds).map_err(MachineError::device(id))?
+        }
+    };
+    let mut backends: Vec<Arc<dyn NetBackend>> = Vec::new();
+    for queue in tap.into_queues() {
+        backends.push(Arc::new(queue));
+    }
+    let options = NetOptions {
+        id: id.clone(),
+        mac: config.mac.map(|mac| mac.0).unwrap_or_default(),
+        mtu: config.mtu,
+        queue_size: config.queue_size,
+        offloads: true,
+        hash_report: config.hash_report,
+    };
+    let net = Net::new(options, backends).map_err(MachineError::device(id))?;
+    let counters = net.counters();
+    Ok((Box::new(net), counters))
+}
+
+pub(super) fn place(
     bus: &Bus,
     what: &str,
     base: u64,

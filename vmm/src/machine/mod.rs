@@ -3,6 +3,7 @@
 mod devices;
 mod error;
 mod parts;
+mod pci;
 
 use std::sync::Arc;
 

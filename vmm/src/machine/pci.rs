@@ -1,0 +1,106 @@
+//! The PCI bus of a machine: where BARs go, and doorbells bound in the kernel.
+
+use std::sync::Arc;
+
+use hypervisor::{IoAddress, Vm};
+use pci::{
+    BusBarMapper, ConfigPorts, Doorbell, DoorbellBinder, DoorbellSpace, EcamWindow, PciBus,
+    SharedDevice,
+};
+use vm_allocator::{AddressAllocator, AllocPolicy};
+use vm_memory::GuestAddress;
+
+use super::devices::{Board, place};
+use super::error::MachineError;
+use crate::layout;
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Binds doorbells to eventfds in the hypervisor.
+struct KernelDoorbells(Arc<dyn Vm>);
+
+impl KernelDoorbells {
+    fn address(space: DoorbellSpace, address: u64) -> Result<IoAddress, BoxError> {
+        Ok(match space {
+            DoorbellSpace::Memory => IoAddress::Mmio(GuestAddress(address)),
+            DoorbellSpace::Io => IoAddress::Pio(u16::try_from(address)?),
+        })
+    }
+}
+
+impl DoorbellBinder for KernelDoorbells {
+    fn bind(
+        &self,
+        space: DoorbellSpace,
+        address: u64,
+        doorbell: &Doorbell,
+    ) -> Result<(), BoxError> {
+        let at = Self::address(space, address)?;
+        self.0.register_ioeventfd(&doorbell.eventfd, at, doorbell.size, doorbell.datamatch)?;
+        Ok(())
+    }
+
+    fn unbind(
+        &self,
+        space: DoorbellSpace,
+        address: u64,
+        doorbell: &Doorbell,
+    ) -> Result<(), BoxError> {
+        let at = Self::address(space, address)?;
+        self.0.unregister_ioeventfd(&doorbell.eventfd, at, doorbell.size, doorbell.datamatch)?;
+        Ok(())
+    }
+}
+
+/// The bus, with the room that is left in its memory window.
+pub(super) struct PciRoot {
+    bus: Arc<PciBus>,
+    room: AddressAllocator,
+}
+
+impl PciRoot {
+    /// An empty bus that answers in the machine's address spaces.
+    pub(super) fn new(board: &Board<'_>) -> Result<Self, MachineError> {
+        let last = layout::PCI_MMIO_START + layout::PCI_MMIO_SIZE - 1;
+        let mapper = BusBarMapper::new(
+            Arc::clone(board.mmio),
+            Arc::clone(board.pio),
+            vec![layout::PCI_MMIO_START..=last],
+            Vec::new(),
+            Arc::new(KernelDoorbells(Arc::clone(board.vm))),
+        );
+        let bus = PciBus::new(Arc::new(mapper));
+        let ecam = Arc::new(EcamWindow::new(Arc::clone(&bus)));
+        place(board.mmio, "PCI ECAM", layout::ECAM_START, layout::ECAM_SIZE, ecam)?;
+        let ports = Arc::new(ConfigPorts::new(Arc::clone(&bus)));
+        place(board.pio, "PCI configuration ports", u64::from(layout::PCI_CONFIG_PORT), 8, ports)?;
+        let room = AddressAllocator::new(layout::PCI_MMIO_START, layout::PCI_MMIO_SIZE)
+            .map_err(|error| MachineError::device("the PCI root")(error.to_string()))?;
+        Ok(Self { bus, room })
+    }
+
+    /// Puts a device on the bus and gives its BARs addresses.
+    pub(super) fn add(&mut self, device: SharedDevice) -> Result<(), MachineError> {
+        {
+            let mut device = device.lock();
+            let id = device.id().to_owned();
+            for bar in device.bars() {
+                // Whole pages, so that no two devices share one.
+                let size = bar.size.max(0x1000);
+                let range = self
+                    .room
+                    .allocate(size, size, AllocPolicy::FirstMatch)
+                    .map_err(|_| MachineError::NoRoom { id: id.clone() })?;
+                device.set_bar_address(bar.index, range.start());
+            }
+        }
+        let id = device.lock().id().to_owned();
+        self.bus.add(device).map_err(MachineError::device(&id))?;
+        Ok(())
+    }
+
+    /// The bus.
+    pub(super) fn bus(&self) -> &Arc<PciBus> {
+        &self.bus
+    }
+}
