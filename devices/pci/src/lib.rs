@@ -5,7 +5,7 @@
 //! * A device implements [`PciDevice`]. It usually owns a [`ConfigSpace`] (the type 0 header, its
 //!   BARs and capabilities, with write masks) and an [`Msix`] (the vector table and pending bits
 //!   over [`devices::MsiLine`]s), and forwards accesses to them.
-//! * The bus holds up to 32 devices (bus 0, function 0 of each slot). It answers the guest's
+//! * [`PciBus`] holds up to 32 devices (bus 0, function 0 of each slot). It answers the guest's
 //!   configuration accesses through two windows: [`EcamWindow`] (memory mapped, 4 KiB per
 //!   function) and [`ConfigPorts`] (ports 0xCF8/0xCFC). Absent devices read as all ones.
 //! * When the guest moves a BAR or switches decoding on or off, the bus tells its [`BarMapper`].
@@ -22,10 +22,21 @@
 //! device may trigger interrupts and use its own address-space handles under its mutex.
 #![forbid(unsafe_code)]
 
+pub mod bus;
 pub mod config;
 pub mod device;
+pub mod host_bridge;
+pub mod mapper;
 pub mod msix;
+pub mod windows;
 
+pub use bus::{PciBus, PciBusError, PciBusState, SLOTS};
 pub use config::{BarError, Capability, ConfigError, ConfigSpace, ConfigState, Identity};
 pub use device::{BarInfo, BarKind, Doorbell, PciDevice};
+pub use host_bridge::HostBridge;
+pub use mapper::{BarMapper, BusBarMapper, DoorbellBinder, DoorbellSpace, MapError};
 pub use msix::{Msix, MsixError, MsixState};
+pub use windows::{ConfigPorts, EcamWindow};
+
+/// A device as the bus and the device manager share it.
+pub type SharedDevice = std::sync::Arc<parking_lot::Mutex<dyn PciDevice>>;

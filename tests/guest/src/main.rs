@@ -21,6 +21,7 @@
 //! | `listen` | 20 | ms between looks at the serial input |
 //! | `verify_every` | 0 | passes between audits of all memory; 0 for none |
 //! | `ecam` | ports | address of PCI ECAM to use instead of ports 0xcf8/0xcfc |
+//! | `bars` | 0xf8000000 | where BARs are put that have no address |
 //! | `irq` | 0 | 1: receive by MSI-X interrupts instead of polling |
 //! | `hash` | 0 | 1: take HASH_REPORT if offered, and check every report |
 //! | `mrg`, `evidx` | 1 | take MRG_RXBUF, EVENT_IDX if offered |

@@ -24,8 +24,8 @@ const HEADER_MULTIFUNCTION: u8 = 0x80;
 const BARS: u8 = 6;
 /// A chain of capabilities has at most one per 4 bytes of its space.
 const MAX_CAPABILITIES: usize = 48;
-/// Where BARs go that the VMM left unassigned: below the I/O APIC, above what
-/// VMMs use themselves.
+/// Where BARs go that the VMM left unassigned, unless `bars=` says: below the
+/// I/O APIC, in the window of most PCs.
 const DEFAULT_BAR_BASE: u64 = 0xf800_0000;
 
 /// How configuration space is reached.
@@ -39,7 +39,9 @@ pub(crate) enum Access {
 
 impl Access {
     /// ECAM at `ecam=` on the command line, else the ports if they answer.
+    /// `bars=` is where BARs without an address are put.
     pub(crate) fn find(args: &Args<'_>) -> Option<Self> {
+        *NEXT_BAR.lock() = args.number("bars", DEFAULT_BAR_BASE);
         let base = args.number("ecam", 0);
         if base != 0 {
             return paging::map(base, ECAM_BYTES).then(|| {
@@ -141,7 +143,7 @@ impl Function {
     }
 
     /// Lets the function answer memory accesses and reach memory itself; pin
-    /// interrupts stay off.
+    /// interrupts stay off. BARs must have their addresses by then.
     pub(crate) fn enable(&self) {
         let wanted = COMMAND_MEMORY | COMMAND_BUS_MASTER | COMMAND_INTX_DISABLE;
         // The upper half is the status register: writing 0 changes nothing there.
@@ -212,4 +214,5 @@ impl Function {
     }
 }
 
-static NEXT_BAR: SpinLock<u64> = SpinLock::new(DEFAULT_BAR_BASE);
+/// Where the next BAR without an address goes.
+static NEXT_BAR: SpinLock<u64> = SpinLock::new(0);

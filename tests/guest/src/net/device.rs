@@ -77,7 +77,6 @@ pub(crate) struct Device {
 impl Device {
     /// Finds the registers and resets the function.
     pub(crate) fn new(function: Function) -> Result<Self, &'static str> {
-        function.enable();
         let (mut common, mut config, mut notify, mut msix) = (None, None, None, None);
         for (capability, at) in function.capabilities() {
             if capability == CAPABILITY_MSIX {
@@ -106,6 +105,7 @@ impl Device {
             msix: msix.and_then(|at| function.enable_msix(at)),
             function,
         };
+        function.enable();
         device.reset()?;
         Ok(device)
     }

@@ -12,7 +12,7 @@ use crate::clock::{from_ms, to_us};
 use crate::cpu::tsc;
 use crate::memory::Ram;
 use crate::mmio::Mmio;
-use crate::serial::say;
+use crate::serial::{say, say_with};
 use crate::traps;
 
 use super::device::{self, Device};
@@ -40,6 +40,10 @@ const SCRATCH_BYTES: u64 = 65536 + 32;
 const TRANSMIT_BUFFER_BYTES: u32 = 4096;
 /// Packets taken in one poll.
 const BUDGET: usize = 64;
+
+/// Wrong hash reports named in full, and how much of their frames: all headers.
+const MAX_REPORTS: u64 = 4;
+const REPORTED_BYTES: usize = 64;
 
 /// What a NIC did so far.
 #[derive(Default)]
@@ -157,19 +161,20 @@ impl Nic {
         })
     }
 
-    /// Lets the device work: buffers offered, hash types told.
+    /// Lets the device work: hash types told, then buffers offered, so that no
+    /// packet comes before the device knows what to report.
     pub(crate) fn start(&mut self) {
         for queue in [&self.receive, &self.transmit] {
             queue.want_interrupt(false);
         }
         self.device.start();
+        if has_hash(self.features) && !self.configure_hash() {
+            say!("FAIL nic {}: hash configuration refused", self.index);
+        }
         for descriptor in 0..self.receive.entries() {
             self.post(descriptor);
         }
         self.receive.kick();
-        if has_hash(self.features) && !self.configure_hash() {
-            say!("FAIL nic {}: hash configuration refused", self.index);
-        }
     }
 
     /// Offers the oldest kept buffer with a free receive descriptor.
@@ -341,7 +346,17 @@ impl Nic {
         counters.hash_packets += 1;
         match verdict {
             Verdict::Matched => counters.hash_matched += 1,
-            Verdict::Mismatched => counters.hash_mismatched += 1,
+            Verdict::Mismatched => {
+                counters.hash_mismatched += 1;
+                if counters.hash_mismatched <= MAX_REPORTS {
+                    report_hash(
+                        self.index,
+                        kind,
+                        value,
+                        &self.scratch[HEADER_WITH_HASH..len],
+                    );
+                }
+            }
             Verdict::None => counters.hash_none += 1,
             Verdict::Unjudged => {}
         }
@@ -422,6 +437,21 @@ impl fmt::Display for Nic {
             self.interrupt.is_some(),
         )
     }
+}
+
+/// Names a packet whose hash report is wrong, with the start of its frame.
+fn report_hash(nic: u8, kind: u16, value: u32, frame: &[u8]) {
+    say_with(|line| {
+        write!(
+            line,
+            "ERROR {{\"nic\":{nic},\"what\":\"hash\",\"report\":{kind},\"value\":\"{value:#010x}\",\"frame\":\""
+        )?;
+        frame
+            .iter()
+            .take(REPORTED_BYTES)
+            .try_for_each(|byte| write!(line, "{byte:02x}"))?;
+        write!(line, "\"}}")
+    });
 }
 
 const fn has_hash(features: u64) -> bool {

@@ -1,0 +1,86 @@
+//! The seam to whatever has the device.
+//!
+//! The operations are VFIO's, so the types are those of the `vfio-user` crate, which mirror the
+//! kernel's structures. Behind the seam is a vfio-user server ([`crate::VfioUserBackend`]), later
+//! the kernel's VFIO, and in unit tests a fake.
+
+use std::os::fd::BorrowedFd;
+
+use vfio_user::{DeviceInfo, DeviceState, IoEventFd, MigrationFlags, RegionInfo};
+use vm_migration::{IovaRange, PageSize, RamRegion};
+
+/// Why a device did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// Whoever has the device is dead, hangs or talks nonsense; nothing will work any more.
+    #[error("the device is gone")]
+    Gone(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// It refused; the rest goes on working.
+    #[error("the device failed to {operation}")]
+    Failed {
+        /// What was asked.
+        operation: &'static str,
+        /// What it said.
+        #[source]
+        cause: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl BackendError {
+    /// Whether the device is gone for good.
+    pub const fn is_gone(&self) -> bool {
+        matches!(self, Self::Gone(_))
+    }
+}
+
+/// A device and the ways to it. Calls come from any thread and end in bounded time.
+pub trait Backend: Send + Sync {
+    /// What it is.
+    fn info(&self) -> Result<DeviceInfo, BackendError>;
+    /// One region (`VFIO_PCI_*_REGION_INDEX`).
+    fn region(&self, index: u32) -> Result<RegionInfo, BackendError>;
+    /// Offsets of a region of `size` bytes whose writes may signal eventfds; empty if there are
+    /// none or the backend does not do that.
+    fn io_events(&self, index: u32, size: u64) -> Result<Vec<IoEventFd>, BackendError>;
+    /// Reads a region.
+    fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), BackendError>;
+    /// Writes a region.
+    fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), BackendError>;
+    /// Has MSI-X vector n signal `eventfds[n]`.
+    fn set_msix(&self, eventfds: &[BorrowedFd<'_>]) -> Result<(), BackendError>;
+    /// Lets the device access guest RAM, which lies at `offset` of `file`. IOVA is GPA.
+    fn map(&self, ram: RamRegion, file: BorrowedFd<'_>, offset: u64) -> Result<(), BackendError>;
+    /// Takes that access away: on return the device makes none.
+    fn unmap(&self, ram: RamRegion) -> Result<(), BackendError>;
+    /// Resets the device; its migration state is RUNNING then.
+    fn reset(&self) -> Result<(), BackendError>;
+    /// What its migration can do; `None` if it has none.
+    fn migration(&self) -> Result<Option<MigrationFlags>, BackendError>;
+    /// Its migration state.
+    fn state(&self) -> Result<DeviceState, BackendError>;
+    /// Brings it to `state`, over as many arcs as it takes. After an error it may be in any state
+    /// on the way.
+    fn set_state(&self, state: DeviceState) -> Result<(), BackendError>;
+    /// Estimate in bytes of the data there is to read once it is stopped; `None` if unknown.
+    fn stop_copy_size(&self) -> Result<Option<u64>, BackendError>;
+    /// Reads migration data; 0 means that there is no more, now (PRE_COPY) or at all (STOP_COPY).
+    fn read_data(&self, data: &mut [u8]) -> Result<usize, BackendError>;
+    /// Writes all of `data` to a resuming device.
+    fn write_data(&self, data: &[u8]) -> Result<(), BackendError>;
+    /// Whether it logs the pages it writes.
+    fn can_log(&self) -> Result<bool, BackendError>;
+    /// Most ranges that [`start_log`](Self::start_log) takes.
+    fn max_log_ranges(&self) -> usize;
+    /// Starts the log and gives the page size the device chose.
+    fn start_log(&self, page: PageSize, ranges: &[IovaRange]) -> Result<PageSize, BackendError>;
+    /// Stops the log; no error if there is none.
+    fn stop_log(&self) -> Result<(), BackendError>;
+    /// ORs the pages of one mapped region written since the last report into `words` (bit n for
+    /// page n, all words of the region's pages) and forgets them.
+    fn report_log(
+        &self,
+        region: IovaRange,
+        page: PageSize,
+        words: &mut [u64],
+    ) -> Result<(), BackendError>;
+}

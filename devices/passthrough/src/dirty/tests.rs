@@ -1,0 +1,121 @@
+//! Reports are complete or errors.
+
+use vfio_user::MigrationFlags;
+use vm_migration::{Gpa, RamRegion};
+
+use super::*;
+use crate::fake::{FakeBackend, device};
+
+const LOW: (u64, u64) = (0, 0x10_0000);
+const HIGH: (u64, u64) = (1 << 32, 0x20_0000);
+
+fn range((first, len): (u64, u64)) -> IovaRange {
+    IovaRange::new(Iova(first), len).unwrap()
+}
+
+fn source(regions: &[(u64, u64)]) -> (Arc<FakeBackend>, PassthroughDirty) {
+    let backend = FakeBackend::new(Some(MigrationFlags::all()));
+    let (nic, _) = device(&backend);
+    for (gpa, len) in regions {
+        nic.inner.map_for_test(RamRegion {
+            gpa: Gpa(*gpa),
+            len: *len,
+        });
+    }
+    (backend, nic.dirty_source().unwrap())
+}
+
+fn bitmap(of: (u64, u64)) -> IovaBitmap {
+    IovaBitmap::over(range(of), PageSize::SIZE_4K).unwrap()
+}
+
+#[test]
+fn each_mapped_region_is_reported_by_itself_and_once() {
+    let (backend, mut source) = source(&[HIGH, LOW]);
+    source.start(&[range(LOW), range(HIGH)]).unwrap();
+    backend.seen.lock().dirty = vec![0x3000, (1 << 32) + 0x1f_f000];
+    let mut low = bitmap(LOW);
+    source.report(range(LOW), &mut low).unwrap();
+    assert!(low.contains(Iova(0x3000)) && low.count() == 1);
+    let mut high = bitmap(HIGH);
+    source.report(range(HIGH), &mut high).unwrap();
+    assert!(high.contains(Iova((1 << 32) + 0x1f_f000)) && high.count() == 1);
+    assert_eq!(backend.seen.lock().reports, [range(LOW), range(HIGH)]);
+    // What was reported is not again, and reports are ORed.
+    source.report(range(LOW), &mut low).unwrap();
+    assert_eq!(low.count(), 1);
+    source.stop().unwrap();
+    source.stop().unwrap();
+    assert!(backend.seen.lock().log.is_none());
+}
+
+#[test]
+fn a_window_may_span_regions_but_not_cut_them() {
+    let (_, mut source) = source(&[(0, 0x1000), (0x1000, 0x1000)]);
+    source.start(&[range((0, 0x2000))]).unwrap();
+    let mut both = bitmap((0, 0x2000));
+    source.report(range((0, 0x2000)), &mut both).unwrap();
+
+    let (_, mut source) = self::source(&[LOW]);
+    source.start(&[range(LOW)]).unwrap();
+    let mut map = bitmap(LOW);
+    assert!(matches!(
+        source.report(range((0, 0x1000)), &mut map),
+        Err(DirtyError::NotTracked { .. })
+    ));
+}
+
+#[test]
+fn a_larger_page_of_the_device_becomes_many() {
+    let (backend, mut source) = source(&[LOW]);
+    backend.seen.lock().log_page = PageSize::new(0x1_0000).unwrap();
+    source.start(&[range(LOW)]).unwrap();
+    assert_eq!(source.granularity().bytes(), 0x1_0000);
+    backend.seen.lock().dirty = vec![0x2_3000];
+    let mut map = bitmap(LOW);
+    source.report(range(LOW), &mut map).unwrap();
+    assert_eq!(map.count(), 16);
+    assert!(map.contains(Iova(0x2_0000)) && map.contains(Iova(0x2_f000)));
+}
+
+#[test]
+fn a_failed_report_holds_until_a_new_start() {
+    let (backend, mut source) = source(&[LOW]);
+    source.start(&[range(LOW)]).unwrap();
+    backend.seen.lock().lose_log = true;
+    let mut map = bitmap(LOW);
+    assert!(source.report(range(LOW), &mut map).is_err());
+    backend.seen.lock().lose_log = false;
+    assert!(
+        source.report(range(LOW), &mut map).is_err(),
+        "what was lost must not look clean"
+    );
+    source.start(&[range(LOW)]).unwrap();
+    source.report(range(LOW), &mut map).unwrap();
+}
+
+#[test]
+fn what_is_not_mapped_is_refused() {
+    let (_, mut source) = source(&[LOW]);
+    let mut map = bitmap(LOW);
+    assert!(source.report(range(LOW), &mut map).is_err(), "not started");
+    assert!(matches!(
+        source.start(&[range(LOW), range(HIGH)]),
+        Err(DirtyError::NotTracked { .. })
+    ));
+    // A bitmap that would lose pages.
+    source.start(&[range(LOW)]).unwrap();
+    let mut small = bitmap((0, 0x1000));
+    assert!(source.report(range(LOW), &mut small).is_err());
+}
+
+#[test]
+fn ranges_beyond_the_devices_limit_are_merged_over_the_smallest_gap() {
+    let regions = [(0, 0x1000), (0x10_0000, 0x1000), (0x10_3000, 0x1000)];
+    let (backend, mut source) = source(&regions);
+    source.start(&regions.map(range)).unwrap();
+    assert_eq!(
+        backend.seen.lock().log.clone().unwrap(),
+        [range((0, 0x1000)), range((0x10_0000, 0x4000))]
+    );
+}

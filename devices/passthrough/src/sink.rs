@@ -1,0 +1,150 @@
+//! The device's state on its way in.
+
+use std::sync::Arc;
+
+use vfio_user::DeviceState;
+use vm_migration::{StateError, StateSink};
+
+use crate::backend::BackendError;
+use crate::device::Inner;
+use crate::front::FrontState;
+use crate::stream::{Parser, StreamError};
+
+enum Phase {
+    /// Not begun.
+    Idle,
+    /// The device is in RESUMING and takes data.
+    Loading(Parser),
+    /// All is loaded; the device stands.
+    Loaded,
+    /// It runs.
+    Running,
+    /// Something failed; only an abort helps.
+    Failed,
+}
+
+/// Where the state of a passthrough device is received.
+pub struct PassthroughSink {
+    inner: Arc<Inner>,
+    phase: Phase,
+}
+
+/// What can go wrong with a piece.
+enum Piece {
+    Stream(StreamError),
+    Device(BackendError),
+}
+
+impl From<StreamError> for Piece {
+    fn from(error: StreamError) -> Self {
+        Self::Stream(error)
+    }
+}
+
+impl PassthroughSink {
+    pub(crate) const fn new(inner: Arc<Inner>) -> Self {
+        Self {
+            inner,
+            phase: Phase::Idle,
+        }
+    }
+
+    fn bad(&self, reason: impl ToString) -> StateError {
+        StateError::BadState {
+            id: self.inner.id.clone(),
+            reason: reason.to_string(),
+        }
+    }
+
+    fn misuse(&self, operation: &'static str) -> StateError {
+        StateError::Failed {
+            id: self.inner.id.clone(),
+            operation,
+            cause: "it was called out of order".into(),
+        }
+    }
+
+    fn set_state(&self, state: DeviceState, operation: &'static str) -> Result<(), StateError> {
+        let set = self.inner.backend.set_state(state);
+        set.map_err(|cause| self.inner.failed(operation, cause))
+    }
+
+    fn load(&self, parser: Parser) -> Result<(), StateError> {
+        let front = parser.finish().map_err(|error| self.bad(error))?;
+        let front: FrontState = postcard::from_bytes(&front)
+            .map_err(|error| self.bad(format!("its PCI front is malformed: {error}")))?;
+        // The device checks and takes what it was given.
+        self.set_state(DeviceState::Stop, "loading its state")?;
+        let restored = self.inner.front.lock().restore(&front);
+        restored.map_err(|reason| self.bad(reason))?;
+        self.inner.send_front();
+        Ok(())
+    }
+}
+
+impl StateSink for PassthroughSink {
+    fn id(&self) -> &str {
+        &self.inner.id
+    }
+
+    fn prepare(&mut self) -> Result<(), StateError> {
+        if !matches!(self.phase, Phase::Idle) {
+            return Err(self.misuse("preparing"));
+        }
+        self.set_state(DeviceState::Resuming, "entering RESUMING")?;
+        self.phase = Phase::Loading(Parser::new(self.inner.identity));
+        Ok(())
+    }
+
+    fn write(&mut self, chunk: &[u8]) -> Result<(), StateError> {
+        let Phase::Loading(parser) = &mut self.phase else {
+            return Err(self.misuse("writing state"));
+        };
+        let backend = &self.inner.backend;
+        let taken = parser.take(chunk, |data| {
+            backend.write_data(data).map_err(Piece::Device)
+        });
+        taken.map_err(|error| {
+            self.phase = Phase::Failed;
+            match error {
+                Piece::Stream(error) => self.bad(error),
+                Piece::Device(cause) => self.inner.failed("taking its state", cause),
+            }
+        })
+    }
+
+    fn finish_load(&mut self) -> Result<(), StateError> {
+        match std::mem::replace(&mut self.phase, Phase::Failed) {
+            Phase::Loading(parser) => {
+                self.load(parser)?;
+                self.phase = Phase::Loaded;
+                Ok(())
+            }
+            other => {
+                self.phase = other;
+                Err(self.misuse("loading state"))
+            }
+        }
+    }
+
+    fn run(&mut self) -> Result<(), StateError> {
+        if !matches!(self.phase, Phase::Loaded) {
+            return Err(self.misuse("running"));
+        }
+        self.set_state(DeviceState::Running, "starting it")?;
+        self.phase = Phase::Running;
+        Ok(())
+    }
+
+    fn abort(&mut self) -> Result<(), StateError> {
+        match std::mem::replace(&mut self.phase, Phase::Idle) {
+            Phase::Idle => Ok(()),
+            // RESUMING has no way out but a reset.
+            Phase::Loading(_) | Phase::Loaded | Phase::Running | Phase::Failed => {
+                let reset = self.inner.backend.reset();
+                self.inner.front.lock().reset();
+                reset.map_err(|cause| self.inner.failed("resetting it", cause))
+            }
+        }
+    }
+}
