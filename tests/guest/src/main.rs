@@ -11,7 +11,7 @@
 //!
 //! | key | default | meaning |
 //! |---|---|---|
-//! | `mode` | `dirty` | `dirty`, or `smoke`: check the machine, print `PASS`/`FAIL`, end |
+//! | `mode` | `dirty` | `dirty`; `smoke`: check the machine, print `PASS`/`FAIL`, end; `crash`: touch memory that is not there, for harnesses to see a `TRAP` |
 //! | `mem` | all | MiB of verified memory |
 //! | `rate` | 0 | MiB/s dirtied by all CPUs together, or `max` |
 //! | `hot` | all | MiB dirtied again and again; the rest is written once |
@@ -100,11 +100,14 @@ extern "C" fn guest_main() -> ! {
     );
     let mut ram = Ram::of(&info, &args);
     let mem = args.number("mem", 0) << 20;
-    if args.text("mode") == Some("smoke") {
-        smoke::run(&args, &ram.into_pages(mem));
+    match args.text("mode") {
+        Some("smoke") => smoke::run(&args, &ram.into_pages(mem)),
+        Some("crash") => traps::crash(),
+        _ => {
+            let nics = Nics::find(&args, &mut ram);
+            dirty(args, ram.into_pages(mem), nics)
+        }
     }
-    let nics = Nics::find(&args, &mut ram);
-    dirty(args, ram.into_pages(mem), nics)
 }
 
 /// `mode=dirty`.

@@ -68,7 +68,9 @@ impl<'a> Monitor<'a> {
             b'v' => self.start_audit(now, nics),
             b'r' => (0..self.cpus).for_each(reset_gaps),
             b'q' => {
-                self.tick(now, nics);
+                if now != self.last_tick {
+                    self.tick(now, nics);
+                }
                 say!("DONE");
                 power::off(&self.args);
             }

@@ -19,6 +19,8 @@ const LSR_ABSENT: u8 = 0xff;
 /// Bytes a 16550A takes once its transmitter is empty.
 const FIFO_BYTES: u8 = 16;
 const QUEUE_BYTES: usize = 16384;
+/// Two reports or so: from here on the line is slower than what is said.
+const MANY_BYTES: usize = 2048;
 
 struct Queue {
     bytes: [u8; QUEUE_BYTES],
@@ -122,9 +124,15 @@ impl Write for Raw {
     }
 }
 
-/// Sends at most one queued byte; whether it did.
+/// Sends a queued byte, or some when many wait; whether it did.
 pub(crate) fn pump() -> bool {
-    QUEUE.lock().pump()
+    let mut queue = QUEUE.lock();
+    let bytes = if queue.len < MANY_BYTES {
+        1
+    } else {
+        FIFO_BYTES
+    };
+    (0..bytes).fold(false, |sent, _| queue.pump() | sent)
 }
 
 /// Sends everything queued.

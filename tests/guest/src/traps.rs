@@ -2,6 +2,7 @@
 
 use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use crate::boot_info::read_physical;
 use crate::power;
 use crate::serial::{flush, say};
 
@@ -114,6 +115,17 @@ pub(crate) fn provoke_undefined_instruction() -> Option<u64> {
         );
     }
     (raised == 1).then(|| last_exception()[0])
+}
+
+/// Where [`crash`] reads: canonical, and never mapped by `paging`.
+const NOWHERE: u64 = 0x7fff_dead_b000;
+
+/// Reads memory that is not mapped; the trap report ends the guest.
+pub(crate) fn crash() -> ! {
+    // SAFETY: not sound, on purpose: the read never completes, the exception
+    // stub goes on in `trap_report`.
+    let _: u64 = unsafe { read_physical(NOWHERE) };
+    power::park()
 }
 
 /// Ends the guest with a report of the exception that happened.
