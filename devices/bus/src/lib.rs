@@ -8,12 +8,13 @@
 //!   are traits, so the same device serves a guest of this process or a client of another one.
 //! - [`ThreadSpawner`] makes the threads. Each has a [`ThreadKind`], which names its system-call
 //!   filter.
-//! - [`serial`], [`acpi`] are the legacy devices a guest finds; [`terminal`] is what a console is
+//! - [`serial`], [`rtc`], [`acpi`] are the legacy devices a guest finds; [`terminal`] is what a console is
 //!   connected to on the host.
 
 pub mod acpi;
 pub mod bus;
 pub mod interrupt;
+pub mod rtc;
 pub mod serial;
 pub mod terminal;
 pub mod thread;
