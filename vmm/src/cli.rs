@@ -63,17 +63,28 @@ Examples:
   ferry --api-socket path=/run/ferry2.sock     # then: ferryctl migrate --from … --to …"
 )]
 pub struct Cli {
-    /// Virtual CPUs: boot=N[,max=N].
-    ///
-    /// max must equal boot: vCPUs cannot be added to a running VM. Default: boot=1.
-    #[arg(long, value_name = "boot=N", help_heading = "The VM")]
+    /// Virtual CPUs.
+    #[arg(
+        long,
+        value_name = "boot=N",
+        help = "Virtual CPUs: boot=N[,max=N]",
+        long_help = "Virtual CPUs: boot=N[,max=N]\n\n\
+            max must equal boot: vCPUs cannot be added to a running VM. Default: boot=1.",
+        help_heading = "The VM"
+    )]
     pub cpus: Option<CpusConfig>,
 
-    /// Guest RAM: size=SIZE[,shared=on|off][,hugepages=on|off][,hugepage_size=2M|1G].
-    ///
-    /// shared=on makes it a memfd that other processes may map; passthrough devices need that.
-    /// Default: size=512M.
-    #[arg(long, value_name = "size=SIZE,…", help_heading = "The VM")]
+    /// Guest RAM.
+    #[arg(
+        long,
+        value_name = "size=SIZE,…",
+        help = "Guest RAM: size=SIZE[,shared=on|off][,hugepages=on|off][,hugepage_size=2M|1G]",
+        long_help = "Guest RAM: size=SIZE[,shared=on|off][,hugepages=on|off][,hugepage_size=2M|1G]\
+            \n\n\
+            shared=on makes it a memfd that other processes may map; passthrough devices need \
+            that. Default: size=512M.",
+        help_heading = "The VM"
+    )]
     pub memory: Option<MemoryConfig>,
 
     /// Kernel: an ELF vmlinux with a PVH note, or a bzImage.
@@ -121,18 +132,31 @@ pub struct Cli {
     )]
     pub console: Option<ConsoleConfig>,
 
-    /// virtio-net device: tap=NAME|fd=N|fd=[N,…] and more; may be repeated.
-    ///
-    /// [,mac=ADDRESS][,mtu=BYTES][,num_queues=N][,queue_size=N][,hash_report=on|off][,id=NAME].
-    /// num_queues counts receive and transmit queues together (default 2); queue_size is a power
-    /// of two (default 256); hash_report=on offers the guest each received packet's hash.
-    #[arg(long, value_name = "tap=NAME,…", num_args = 1.., help_heading = "Devices")]
+    /// virtio-net devices.
+    #[arg(
+        long,
+        value_name = "tap=NAME,…",
+        num_args = 1..,
+        help = "virtio-net device: tap=NAME|fd=N|fd=[N,…] and more; may be repeated",
+        long_help = "virtio-net device; may be repeated: tap=NAME|fd=N|fd=[N,…][,mac=ADDRESS]\
+            [,mtu=BYTES][,num_queues=N][,queue_size=N][,hash_report=on|off][,id=NAME]\n\n\
+            num_queues counts receive and transmit queues together (default 2); queue_size is a \
+            power of two (default 256); hash_report=on offers the guest each received packet's \
+            hash.",
+        help_heading = "Devices"
+    )]
     pub net: Vec<NetConfig>,
 
-    /// Passthrough device served over vfio-user: socket=SOCKET[,id=NAME]; may be repeated.
-    ///
-    /// Needs --memory shared=on.
-    #[arg(long, value_name = "socket=SOCKET,…", num_args = 1.., help_heading = "Devices")]
+    /// Passthrough devices.
+    #[arg(
+        long,
+        value_name = "socket=SOCKET,…",
+        num_args = 1..,
+        help = "Passthrough device served over vfio-user: socket=SOCKET[,id=NAME]; may be repeated",
+        long_help = "Passthrough device served over vfio-user; may be repeated: \
+            socket=SOCKET[,id=NAME]\n\nNeeds --memory shared=on.",
+        help_heading = "Devices"
+    )]
     pub user_device: Vec<UserDeviceConfig>,
 
     /// Entropy source: src=FILE.

@@ -17,6 +17,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod power;
+pub mod migration_events;
 pub mod seccomp;
 pub mod signals;
 pub mod vcpu;
