@@ -126,22 +126,6 @@ impl TapQueue {
             .map_err(|errno| self.name.failed("reading the hardware address", errno))?;
         Ok(request.hardware_address())
     }
-
-    /// Opens the same queue a second time, for a thread that only reads or only writes.
-    ///
-    /// # Errors
-    /// The process has no free file descriptor.
-    pub fn try_clone(&self) -> Result<Self, TapError> {
-        let fd = self.fd.try_clone().map_err(|source| TapError::Failed {
-            tap: self.name.clone(),
-            operation: "duplicating the file",
-            source,
-        })?;
-        Ok(Self {
-            fd,
-            name: self.name.clone(),
-        })
-    }
 }
 
 impl AsFd for TapQueue {
