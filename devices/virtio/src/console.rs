@@ -330,3 +330,6 @@ impl Work for Input {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

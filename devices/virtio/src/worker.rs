@@ -56,15 +56,19 @@ impl<W: Work> Worker<W> {
 }
 
 impl<W> Worker<W> {
+    /// Tells the thread to stop without waiting for it, so that several stop at the same time.
+    pub(crate) fn tell(&self) {
+        if let Err(error) = self.stop.write(1) {
+            // Only possible if the counter is full, and then it is readable.
+            tracing::debug!(thread = self.name, %error, "worker was told to stop already");
+        }
+    }
+
     fn join(&mut self) {
         let Some(thread) = self.thread.take() else {
             return;
         };
-        if let Err(error) = self.stop.write(1) {
-            // Cannot happen to an eventfd whose count is 0. Joining would hang.
-            tracing::error!(thread = self.name, %error, "worker could not be told to stop");
-            return;
-        }
+        self.tell();
         if thread.join().is_err() {
             tracing::error!(thread = self.name, "worker panicked");
         }

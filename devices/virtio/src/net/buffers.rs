@@ -75,13 +75,15 @@ impl RxBuffers {
         self.chains.len()
     }
 
-    /// Takes buffers until there are `bytes`, or `chains` chains, or the ring is empty.
+    /// Takes buffers until there are `bytes`, or `chains` chains, or the ring is empty; if
+    /// `for_read`, no more than fit one `readv`.
     pub(super) fn fill(
         &mut self,
         queue: &mut Queue,
         memory: &GuestMemory,
         bytes: usize,
         chains: usize,
+        for_read: bool,
     ) -> Result<(), RingError> {
         while self.bytes < bytes && self.chains.len() < chains {
             if !queue.pop(memory, &mut self.chain)? {
@@ -105,8 +107,8 @@ impl RxBuffers {
                 parts,
                 bytes,
             });
-            // The list of one readv is bounded; the last entry is for what does not fit.
-            if self.iovecs.len() >= MAX_IOVECS {
+            // One entry is left for what does not fit.
+            if for_read && self.iovecs.len() >= MAX_IOVECS {
                 self.drop_last(queue);
                 break;
             }

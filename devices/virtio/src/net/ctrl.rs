@@ -8,7 +8,6 @@ use net_util::ctrl::{
 };
 use net_util::tap::Offloads;
 use vm_migration::memory::GuestMemory;
-use vmm_sys_util::eventfd::EventFd;
 use zerocopy::FromBytes;
 
 use super::features;
@@ -26,8 +25,6 @@ pub(super) struct Control {
     shared: Arc<Shared>,
     limits: MqLimits,
     features: u64,
-    /// Wakes the pairs' workers, in order of the pairs.
-    wake: Vec<EventFd>,
 }
 
 /// Why a command is answered with an error.
@@ -48,17 +45,11 @@ enum Refusal {
 }
 
 impl Control {
-    pub(super) fn new(
-        shared: Arc<Shared>,
-        limits: MqLimits,
-        features: u64,
-        wake: Vec<EventFd>,
-    ) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, limits: MqLimits, features: u64) -> Self {
         Self {
             shared,
             limits,
             features,
-            wake,
         }
     }
 
@@ -97,18 +88,10 @@ impl Control {
     }
 
     fn set_pairs(&self, pairs: u16) -> Result<(), Refusal> {
-        self.shared
-            .set_pairs(pairs)
-            .map_err(|cause| Refusal::Host {
-                operation: "attaching or detaching a queue",
-                cause,
-            })?;
-        // A worker that found its queue detached does not look again until it is woken.
-        for wake in &self.wake {
-            // The one error is a full counter, and then it is readable.
-            let _ = wake.write(1);
-        }
-        Ok(())
+        self.shared.set_pairs(pairs).map_err(|cause| Refusal::Host {
+            operation: "attaching or detaching a queue",
+            cause,
+        })
     }
 
     fn set_offloads(&self, offloads: u64) -> Result<(), Refusal> {

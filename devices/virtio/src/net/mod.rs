@@ -25,6 +25,8 @@ mod header;
 mod pair;
 mod runtime;
 mod rx;
+#[cfg(test)]
+mod tests;
 mod tx;
 mod workers;
 

@@ -2,7 +2,6 @@
 
 use std::io::ErrorKind;
 
-use rustix::io::Errno;
 use vm_migration::memory::GuestMemory;
 
 use super::backend::{NetBackend, read_packet};
@@ -82,8 +81,6 @@ impl<H: RxHeader> Receiver<H> {
     /// The driver kicked: there may be buffers.
     pub(super) fn kicked(&mut self) {
         self.starved = false;
-        // The control queue wakes the pair this way when it has attached the backend's queue.
-        self.readable = true;
     }
 
     /// Receives up to [`BURST`] packets.
@@ -103,7 +100,10 @@ impl<H: RxHeader> Receiver<H> {
             }
             let wanted = self.held.map_or(H::BYTES + MAX_FRAME, |held| held.len);
             let most = if self.mergeable { usize::MAX } else { 1 };
-            self.buffers.fill(&mut self.queue, memory, wanted, most)?;
+            // The rest of a held packet is copied, so the bound of a readv does not hold for it.
+            let for_read = self.held.is_none();
+            self.buffers
+                .fill(&mut self.queue, memory, wanted, most, for_read)?;
             match self.held {
                 Some(held) if self.buffers.bytes() >= held.len => {
                     self.finish_held(memory, held, counters)?;
@@ -170,8 +170,6 @@ impl<H: RxHeader> Receiver<H> {
                 Ok(len) => return Got::Packet(len),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Got::Nothing,
-                // A tap's queue that is detached; a kick follows when it is attached.
-                Err(error) if is_detached(&error) => return Got::Nothing,
                 Err(error) => {
                     tracing::warn!(%error, "reading a packet from the host failed");
                     return Got::Nothing;
@@ -218,9 +216,4 @@ impl<H: RxHeader> Receiver<H> {
             counters.receive_dropped();
         }
     }
-}
-
-/// Whether a tap says that this queue is detached (`EBADFD`, drivers/net/tun.c).
-pub(super) fn is_detached(error: &std::io::Error) -> bool {
-    error.raw_os_error() == Some(Errno::BADFD.raw_os_error())
 }

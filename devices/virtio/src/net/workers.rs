@@ -49,7 +49,6 @@ impl Workers {
             spawner,
         } = activation;
         let mut layout = Layout::new(id, queues, limits);
-        let wake = layout.wake()?;
         let control_queue = layout.control(features);
         let context = PairContext {
             memory: memory.clone(),
@@ -65,7 +64,7 @@ impl Workers {
         };
         let control = control_queue
             .map(|queue| {
-                let control = Control::new(Arc::clone(shared), limits, features, wake);
+                let control = Control::new(Arc::clone(shared), limits, features);
                 let server = QueueServer::new(queue, memory, interrupt, control);
                 Worker::start(
                     &spawner,
@@ -108,6 +107,9 @@ fn stop_pairs<H: RxHeader>(
     workers: Vec<Worker<PairWork<H>>>,
     queues: &mut Vec<Queue>,
 ) -> Result<(), String> {
+    for worker in &workers {
+        worker.tell();
+    }
     for worker in workers {
         queues.extend(worker.stop()?.into_queues());
     }
@@ -158,15 +160,6 @@ impl<'a> Layout<'a> {
                 device: self.id.to_owned(),
                 index,
             })
-    }
-
-    /// What wakes the receivers.
-    fn wake(&self) -> Result<Vec<vmm_sys_util::eventfd::EventFd>, DeviceError> {
-        (0..self.pairs)
-            .filter_map(|pair| self.queues.get(&(pair * 2)))
-            .map(|queue| queue.kick.try_clone())
-            .collect::<io::Result<_>>()
-            .map_err(|cause| host(self.id, "duplicating a doorbell", cause))
     }
 
     /// Starts a worker for every pair of which both queues are enabled. The first must be.

@@ -105,6 +105,7 @@ impl Driver {
     pub(crate) fn set_up_queue(&mut self, index: u16, layout: RingLayout) {
         self.write16(22, index);
         self.write16(24, layout.size);
+        assert_eq!(self.read16(24), layout.size);
         self.write16(26, index);
         assert_eq!(self.read16(26), index);
         self.write64(32, layout.descriptors);

@@ -1,0 +1,93 @@
+//! A driver that writes anything anywhere.
+
+use std::time::{Duration, Instant};
+
+use pci::PciDevice;
+use proptest::prelude::*;
+use vm_migration::state::Pause;
+
+use super::*;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// Whatever is in the rings, the device serves or stops, and can be paused and reset.
+    #[test]
+    fn garbage_in_rings_is_survived(
+        descriptors in proptest::collection::vec((0_u64..0x110_0000, 0_u32..0x3000, 0_u16..8, 0_u16..20), 16),
+        heads in proptest::collection::vec(0_u16..18, 16),
+        index in prop_oneof![0_u16..17, any::<u16>()],
+        event_idx in any::<bool>(),
+        queue in 0_usize..3,
+    ) {
+        let host = Host::new(1);
+        let features = features::CTRL_VQ | features::MRG_RXBUF | feature::RING_INDIRECT_DESC
+            | if event_idx { feature::RING_EVENT_IDX } else { 0 };
+        let mut card = host.card(features, &[16, 16, 16]);
+        let ring = &card.rings[queue];
+        for (place, (address, len, flags, next)) in (0_u16..).zip(&descriptors) {
+            ring.set_descriptor(ring.layout.descriptors, place, (*address, *len), *flags, *next);
+        }
+        for (slot, head) in (0_u64..).zip(&heads) {
+            ring.set_u16(ring.layout.available + 4 + slot * 2, *head);
+        }
+        ring.set_u16(ring.layout.available + 2, index);
+        for _ in 0..8 {
+            host.send(&pattern(500, 1));
+        }
+        let start = Instant::now();
+        card.driver.kick(u16::try_from(queue).unwrap());
+        std::thread::sleep(Duration::from_millis(2));
+        card.driver.device.pause().unwrap();
+        card.driver.device.resume().unwrap();
+        // A sound driver finds a sound device again.
+        while host.receive().is_some() {}
+        card.rings = card.driver.bring_up(features, &[16, 16, 16]);
+        prop_assert_eq!(card.command(2, &[9, 9], &[]), 1);
+        card.put(BUFFERS, &[0; 64]);
+        card.rings[TX].add(&[(BUFFERS, 64)], &[]);
+        card.driver.kick(1);
+        card.used(TX);
+        prop_assert!(start.elapsed() < Duration::from_secs(5));
+    }
+}
+
+#[test]
+fn endless_requests_do_not_hold_up_a_pause() {
+    // Every descriptor index valid, and the driver moves the available index on and on.
+    let host = Host::new(1);
+    let mut card = host.card(features::CTRL_VQ, &[16, 16, 16]);
+    card.put(BUFFERS, &[0; 64]);
+    let ring = &card.rings[TX];
+    for slot in 0..16 {
+        ring.set_descriptor(ring.layout.descriptors, slot, (BUFFERS, 64), 0, 0);
+        ring.set_u16(ring.layout.available + 4 + u64::from(slot) * 2, slot);
+    }
+    let (memory, layout) = (Arc::clone(&ring.memory), ring.layout);
+    let kick = card.driver.device.doorbells().remove(TX).eventfd;
+    let peer = host.peers[0].try_clone().unwrap();
+    let done = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let finished = Arc::clone(&done);
+    let attacker = std::thread::spawn(move || {
+        let mut packet = [0; 100];
+        while !finished.load(std::sync::atomic::Ordering::Relaxed) {
+            let mut used = [0; 2];
+            memory
+                .read_slice(&mut used, GuestAddress(layout.used + 2))
+                .unwrap();
+            let next = u16::from_le_bytes(used).wrapping_add(16).to_le_bytes();
+            memory
+                .write_slice(&next, GuestAddress(layout.available + 2))
+                .unwrap();
+            kick.write(1).unwrap();
+            while (&peer).read(&mut packet).is_ok() {}
+        }
+    });
+    wait_for("traffic", || card.counters.totals().tx_packets > 1000);
+    let start = Instant::now();
+    card.driver.device.pause().unwrap();
+    let took = start.elapsed();
+    done.store(true, std::sync::atomic::Ordering::Relaxed);
+    attacker.join().unwrap();
+    assert!(took < Duration::from_millis(500), "{took:?}");
+}

@@ -1,0 +1,182 @@
+//! Save and restore under traffic.
+
+use vm_migration::state::{Pause, SaveRestore};
+
+use super::control::hash_config;
+use super::*;
+
+const FEATURES: u64 = features::CTRL_VQ
+    | features::HASH_REPORT
+    | features::MRG_RXBUF
+    | features::STATUS
+    | features::GUEST_ANNOUNCE
+    | features::MQ
+    | feature::RING_EVENT_IDX
+    | feature::RING_INDIRECT_DESC;
+
+/// Moves the card to a new device on the same host ends, as a destination would.
+fn migrate(card: &mut Card, host: &Host) {
+    card.driver.device.pause().unwrap();
+    let state = card.driver.device.save().unwrap();
+    let net = host.net();
+    let counters = net.counters();
+    let fabric = Arc::default();
+    let mut device = pci_device(net, &card.driver.memory, &fabric);
+    device.pause().unwrap();
+    device.restore(&state).unwrap();
+    device.resume().unwrap();
+    card.driver.device = device;
+    card.fabric = fabric;
+    card.counters = counters;
+}
+
+#[test]
+fn settings_move_and_the_tap_is_set_again() {
+    let host = Host::new(2);
+    let mut card = host.card(FEATURES, &[16, 16, 16, 16, 16]);
+    assert_eq!(card.command(4, &hash_config(0x1ff), &[2]), 0);
+    assert_eq!(card.command(4, &[4, 0, 2, 0], &[2]), 0);
+    assert_eq!(
+        card.driver.read16(0x2006),
+        1,
+        "link up, nothing to announce"
+    );
+    host.calls.lock().clear();
+    migrate(&mut card, &host);
+    let calls = host.calls.lock().clone();
+    let expected = [
+        Call::Header(HeaderSize::V1Hash),
+        Call::Offloads(0),
+        Call::Attach(1, true),
+    ];
+    assert_eq!(calls, expected);
+    card.post(0, 1526);
+    host.send(&[&[0; 20][..], &tcp_frame()].concat());
+    card.used(RX);
+    assert_eq!(card.buffer(0, 20)[12..18], [0x78, 0xc1, 0xcc, 0x51, 2, 0]);
+    // The guest is asked to announce itself, and acknowledges.
+    wait_for("configuration interrupt", || card.fabric.line(5).take() > 0);
+    assert_eq!(card.driver.read16(0x2006), 3);
+    assert_eq!(card.command(4, &[3, 0], &[]), 0);
+    assert_eq!(card.driver.read16(0x2006), 1);
+    // A reset forgets all of it.
+    card.driver.write8(20, 0);
+    card.rings = card.driver.bring_up(FEATURES, &[16, 16, 16, 16, 16]);
+    assert_eq!(*host.calls.lock().last().unwrap(), Call::Attach(1, false));
+    card.post(0, 1526);
+    host.send(&[&[0; 20][..], &tcp_frame()].concat());
+    card.used(RX);
+    assert_eq!(card.buffer(0, 20)[12..18], [0; 6]);
+}
+
+#[test]
+fn no_packet_is_lost_or_doubled_by_moving() {
+    let host = Host::new(1);
+    let features = FEATURES & !features::MQ & !features::HASH_REPORT;
+    let mut card = host.card(features, &[64, 64, 16]);
+    let mut expected_in = 0_u32;
+    let mut posted = 0;
+    let mut sent_in = 0_u32;
+    for round in 0..20_u32 {
+        // Some packets wait in the host, some buffers are taken ahead, some are used.
+        while posted < u64::from(expected_in) + 40 {
+            card.post(posted % 64, 512);
+            posted += 1;
+        }
+        for _ in 0..17 {
+            host.send(&[&[0; 12][..], &sent_in.to_le_bytes(), &[0; 60]].concat());
+            sent_in += 1;
+        }
+        for n in 0..17_u32 {
+            let address = BUFFERS + 0x20_0000 + u64::from(n) * 0x100;
+            card.put(address, &[0; 100]);
+            card.put(address + 12, &(round * 17 + n).to_le_bytes());
+            card.rings[TX].add(&[(address, 100)], &[]);
+        }
+        card.driver.kick(1);
+        // Move at once, whatever has been done so far.
+        migrate(&mut card, &host);
+        for n in 0..17_u32 {
+            let mut packet = None;
+            wait_for("packet", || {
+                packet = host.receive();
+                packet.is_some()
+            });
+            assert_eq!(packet.unwrap()[12..16], (round * 17 + n).to_le_bytes());
+        }
+        for _ in 0..17 {
+            card.used(TX);
+        }
+        while expected_in < sent_in {
+            assert_eq!(card.used(RX).len, 76);
+            let slot = u64::from(expected_in % 64);
+            let bytes = card.buffer(slot, 16);
+            assert_eq!(
+                bytes[12..],
+                expected_in.to_le_bytes(),
+                "in order, each once"
+            );
+            expected_in += 1;
+        }
+        assert_eq!(host.receive(), None);
+        assert_eq!(card.rings[RX].pop_used(), None);
+    }
+}
+
+#[test]
+fn paused_card_writes_no_memory() {
+    let host = Host::new(1);
+    let mut card = host.card(FEATURES & !features::MQ, &[64, 64, 16]);
+    card.post(0, 512);
+    card.driver.device.pause().unwrap();
+    let before = card.buffer(0, 512);
+    host.send(&pattern(200, 11));
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    assert_eq!(card.rings[RX].pop_used(), None);
+    assert_eq!(card.buffer(0, 512), before);
+    card.driver.device.resume().unwrap();
+    assert_eq!(card.used(RX).len, 200);
+}
+
+#[test]
+fn states_that_do_not_fit_are_refused() {
+    let host = Host::new(2);
+    let mut card = host.card(FEATURES, &[16, 16, 16, 16, 16]);
+    card.driver.device.pause().unwrap();
+    let state = card.driver.device.save().unwrap();
+    let refusal = |host: &Host| {
+        let memory = memory();
+        let mut device = pci_device(host.net(), &memory, &Arc::default());
+        device.pause().unwrap();
+        device.restore(&state).unwrap_err()
+    };
+    let error = refusal(&Host::new(1)).to_string();
+    assert!(error.contains("queues"), "{error}");
+    let mut other = Host::new(2);
+    other.options.hash_report = false;
+    let error = refusal(&other).to_string();
+    assert!(error.contains("features"), "{error}");
+    let mut other = Host::new(2);
+    other.options.queue_size = 8;
+    let error = refusal(&other).to_string();
+    assert!(error.contains("size"), "{error}");
+    let bad = Runtime {
+        pairs: 3,
+        ..Runtime::default()
+    };
+    let state = NetState {
+        version: STATE_VERSION,
+        mac: MAC,
+        mtu: Some(1500),
+        runtime: bad,
+    };
+    let bytes = postcard::to_stdvec(&state).unwrap();
+    assert!(host.net().restore(&bytes).is_err());
+    let fits = NetState {
+        runtime: Runtime::default(),
+        mtu: Some(9000),
+        ..state
+    };
+    let bytes = postcard::to_stdvec(&fits).unwrap();
+    assert!(host.net().restore(&bytes).is_err());
+}
