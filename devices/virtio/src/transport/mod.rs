@@ -20,8 +20,8 @@
 //! pin: a driver that does not enable MSI-X finds the ISR bits set and has to poll.
 //!
 //! # Pause and migration
-//! [`Pause::pause`] stops the device's threads; from then on guest memory is still.
-//! [`Pause::resume`] starts them again, kicks every queue and signals every queue's interrupt
+//! [`pause`](vm_migration::state::Pause::pause) stops the device's threads; from then on guest memory is still.
+//! [`resume`](vm_migration::state::Pause::resume) starts them again, kicks every queue and signals every queue's interrupt
 //! once, so that nothing that was under way when the device paused (a kick not yet taken, an
 //! interrupt raised by the other host) is lost. Drivers take spurious ones as nothing.
 
