@@ -6,7 +6,7 @@
 //! ```
 //!
 //! What was begun is noted before it is begun, so that whatever happens, exactly that is undone
-//! ([`roll_back`](rollback)).
+//! (`rollback`).
 
 mod precopy;
 mod rollback;
