@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::api::{ApiError, ApiInbox, ApiReply, ApiRequest, VmInfo, VmState, VmmPing};
 use crate::config::VmConfig;
-use crate::exit::{ExitInbox, ExitReason};
+use crate::notice::{ExitReason, NoticeInbox};
 use crate::machine::{Host, Machine};
 use crate::signals::Signals;
 
@@ -28,7 +28,7 @@ enum Guest {
 pub struct Control {
     host: Host,
     inbox: ApiInbox,
-    exits: ExitInbox,
+    exits: NoticeInbox<ExitReason>,
     signals: Signals,
     guest: Guest,
     /// The process serves one VM and ends with it.
@@ -41,7 +41,7 @@ impl Control {
     pub fn new(
         host: Host,
         inbox: ApiInbox,
-        exits: ExitInbox,
+        exits: NoticeInbox<ExitReason>,
         signals: Signals,
         end_with_guest: bool,
     ) -> Self {

@@ -2,7 +2,7 @@
 
 use devices::acpi::PowerRequests;
 
-use crate::exit::{ExitReason, ExitSender};
+use crate::notice::{ExitReason, ExitSender};
 
 /// Sends the guest's requests to the control loop.
 pub struct PowerButton(pub ExitSender);

@@ -9,7 +9,7 @@ use devices::thread::{ThreadKind, ThreadSpawner};
 use hypervisor::{Error as HypervisorError, Vcpu, VcpuExit, VcpuKicker};
 use parking_lot::{Condvar, Mutex};
 
-use crate::exit::{ExitReason, ExitSender};
+use crate::notice::{ExitReason, ExitSender, describe};
 
 /// Why the vCPUs could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -292,15 +292,4 @@ enum Step {
     Again,
     Interrupted,
     Done(ExitReason),
-}
-
-/// An error with all its causes, on one line.
-fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

@@ -13,7 +13,7 @@ use vmm::cli::Cli;
 use vmm::control::Control;
 use vmm::machine::Host;
 use vmm::signals::Signals;
-use vmm::exit;
+use vmm::notice;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -35,7 +35,7 @@ fn run(cli: &Cli) -> Result<()> {
         return Err(anyhow!("nothing to do: give --kernel to boot a VM, or --api-socket to wait for requests"));
     }
     let spawner = ThreadSpawner::unconfined();
-    let (exit_sender, exits) = exit::channel()?;
+    let (exit_sender, exits) = notice::channel()?;
     let (handle, inbox) = api::channel()?;
     let host = Host {
         hypervisor: Arc::new(KvmHypervisor::open()?),

@@ -1,6 +1,7 @@
 //! The devices of a machine and where they are.
 
 use std::num::NonZeroU16;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use devices::acpi::{self, AcpiPower, I8042, Sink};
@@ -8,6 +9,7 @@ use devices::bus::{Bus, BusDevice};
 use devices::serial::{self, Serial};
 use devices::terminal::Terminal;
 use hypervisor::Vm;
+use passthrough::{Passthrough, VfioUserBackend};
 use net_util::tap::{Tap, TapName};
 use parking_lot::Mutex;
 use pci::PciBus;
@@ -17,7 +19,8 @@ use vm_migration::Pause;
 
 use super::pci::PciRoot;
 use super::{Host, MachineError};
-use crate::config::{ConsoleConfig, NetConfig, VmConfig};
+use crate::config::{ConsoleConfig, NetConfig, UserDeviceConfig, VmConfig};
+use crate::notice::{ExitReason, describe};
 use crate::inherited;
 use crate::interrupts::{Fabric, InterruptManager};
 use crate::layout;
@@ -45,10 +48,21 @@ pub struct VirtioFunction {
     pub counters: Option<Arc<NetCounters>>,
 }
 
+/// A passthrough device on the bus.
+pub struct UserFunction {
+    /// Identifier.
+    pub id: String,
+    /// Who serves it.
+    pub socket: PathBuf,
+    /// The device.
+    pub device: Passthrough,
+}
+
 /// The devices of a machine.
 pub struct Devices {
     serial: Option<Arc<Mutex<Serial>>>,
     virtio: Vec<VirtioFunction>,
+    users: Vec<UserFunction>,
     bus: Arc<PciBus>,
 }
 
@@ -76,7 +90,13 @@ impl Devices {
         for function in &virtio {
             root.add(function.device.clone())?;
         }
-        Ok(Self { serial, virtio, bus: Arc::clone(root.bus()) })
+        let mut users = Vec::new();
+        for user in &config.user_devices {
+            let function = user_device(user, host, board)?;
+            root.add(Arc::new(Mutex::new(function.device.clone())))?;
+            users.push(function);
+        }
+        Ok(Self { serial, virtio, users, bus: Arc::clone(root.bus()) })
     }
 
     /// Lets all devices go on, in the order they were made.
@@ -85,11 +105,19 @@ impl Devices {
             let resumed = function.device.lock().resume();
             resumed.map_err(|cause| MachineError::State { operation: "go on", cause })?;
         }
+        for user in &self.users {
+            let resumed = user.device.clone().resume();
+            resumed.map_err(|cause| MachineError::State { operation: "go on", cause })?;
+        }
         Ok(())
     }
 
     /// Stops all devices, in the reverse order.
     pub(super) fn pause(&self) -> Result<(), MachineError> {
+        for user in self.users.iter().rev() {
+            let paused = user.device.clone().pause();
+            paused.map_err(|cause| MachineError::State { operation: "stop", cause })?;
+        }
         for function in self.virtio.iter().rev() {
             let paused = function.device.lock().pause();
             paused.map_err(|cause| MachineError::State { operation: "stop", cause })?;
@@ -105,6 +133,11 @@ impl Devices {
     /// The virtio devices, in the order of their slots.
     pub fn virtio(&self) -> &[VirtioFunction] {
         &self.virtio
+    }
+
+    /// The passthrough devices, in the order of their slots.
+    pub fn users(&self) -> &[UserFunction] {
+        &self.users
     }
 
     /// The PCI bus.
@@ -168,6 +201,27 @@ fn network(
     let net = Net::new(options, backends).map_err(MachineError::device(id))?;
     let counters = net.counters();
     Ok((Box::new(net), counters))
+}
+
+fn user_device(
+    config: &UserDeviceConfig,
+    host: &Host,
+    board: &Board<'_>,
+) -> Result<UserFunction, MachineError> {
+    let id = &config.id;
+    let (exits, gone) = (host.exits.clone(), id.clone());
+    let on_gone = Box::new(move |error: &passthrough::BackendError| {
+        exits.send(ExitReason::DeviceLost { id: gone, reason: describe(error) });
+    });
+    let memory = board.ram.handle().clone();
+    let backend = VfioUserBackend::connect(&config.socket, memory, &host.spawner, on_gone)
+        .map_err(MachineError::device(id))?;
+    let fabric = Fabric(Arc::clone(board.interrupts));
+    let device = Passthrough::new(id, Arc::new(backend), &fabric)
+        .map_err(MachineError::device(id))?;
+    device.reset().map_err(MachineError::device(id))?;
+    device.map_memory(&board.ram.memory()).map_err(MachineError::device(id))?;
+    Ok(UserFunction { id: id.clone(), socket: config.socket.clone(), device })
 }
 
 pub(super) fn place(

@@ -16,14 +16,15 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use crate::acpi;
 use crate::boot::{self, Payload};
 use crate::config::VmConfig;
-use crate::exit::ExitSender;
+use crate::notice::ExitSender;
 use crate::interrupts::InterruptManager;
 use crate::memory::Ram;
 use crate::vcpu::{Surroundings, Vcpus};
 
-pub use devices::Devices;
+pub use devices::{Devices, UserFunction, VirtioFunction};
 pub use error::MachineError;
-pub use parts::{CpuState, VmChips};
+pub use parts::{BusState, CpuState, CpuSwitch, VmChips};
+pub(crate) use parts::{CHIPS_ID, CPUS_ID, PCI_ID};
 
 /// What all machines of a process share.
 #[derive(Clone)]

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use hypervisor::{Vcpu, VcpuState, Vm, VmState};
+use pci::PciBus;
 use serde::{Deserialize, Serialize};
 use vm_migration::{Pause, SaveRestore, StateError};
 
@@ -11,9 +12,11 @@ use crate::config::MAX_VCPUS;
 use crate::vcpu::Vcpus;
 
 /// Identifier of the vCPUs' state.
-pub const CPUS_ID: &str = "vcpus";
+pub(crate) const CPUS_ID: &str = "vcpus";
+/// Identifier of the PCI bus's state.
+pub(crate) const PCI_ID: &str = "pci";
 /// Identifier of the state the hypervisor keeps for the whole VM.
-pub const CHIPS_ID: &str = "vm";
+pub(crate) const CHIPS_ID: &str = "vm";
 
 const VERSION: u16 = 1;
 
@@ -95,13 +98,35 @@ impl SaveRestore for VmChips {
     }
 }
 
-impl Pause for VmChips {
-    /// They do nothing by themselves that the vCPUs do not see.
+/// The PCI bus. It is restored after the devices on it, and then maps their BARs.
+pub struct BusState(pub Arc<PciBus>);
+
+impl SaveRestore for BusState {
+    // 32 names and a host bridge.
+    const MAX_STATE_BYTES: usize = 64 << 10;
+
+    fn save(&mut self) -> Result<Vec<u8>, StateError> {
+        postcard::to_stdvec(&self.0.save()).map_err(|cause| failed(PCI_ID, "save", cause))
+    }
+
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        let state = postcard::from_bytes(bytes).map_err(|error| StateError::BadState {
+            id: PCI_ID.into(),
+            reason: error.to_string(),
+        })?;
+        self.0.restore(&state).map_err(|cause| failed(PCI_ID, "restore", cause))
+    }
+}
+
+/// The vCPUs' switch, for the migration engine.
+pub struct CpuSwitch(pub Arc<Vcpus>);
+
+impl Pause for CpuSwitch {
     fn pause(&mut self) -> Result<(), StateError> {
-        Ok(())
+        self.0.pause().map_err(|cause| failed(CPUS_ID, "pause", cause))
     }
 
     fn resume(&mut self) -> Result<(), StateError> {
-        Ok(())
+        self.0.resume().map_err(|cause| failed(CPUS_ID, "resume", cause))
     }
 }

@@ -1,4 +1,4 @@
-//! What the guest, or the failure of a part, asks of the control loop.
+//! News for the control loop: what the guest asks or suffers, how a migration ended.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -41,33 +41,41 @@ impl ExitReason {
     }
 }
 
-/// Tells the control loop. Cheap to clone.
-#[derive(Clone)]
-pub struct ExitSender {
-    sender: Sender<ExitReason>,
+/// Tells the control loop something. Cheap to clone.
+pub struct NoticeSender<T> {
+    sender: Sender<T>,
     event: Arc<EventFd>,
+}
+
+impl<T> Clone for NoticeSender<T> {
+    fn clone(&self) -> Self {
+        Self { sender: self.sender.clone(), event: Arc::clone(&self.event) }
+    }
 }
 
 /// The control loop's end.
-pub struct ExitInbox {
-    receiver: Receiver<ExitReason>,
+pub struct NoticeInbox<T> {
+    receiver: Receiver<T>,
     event: Arc<EventFd>,
 }
 
-/// A new channel for exits.
+/// A sender of guests' exits.
+pub type ExitSender = NoticeSender<ExitReason>;
+
+/// A new channel.
 ///
 /// # Errors
 /// When there is no eventfd.
-pub fn channel() -> io::Result<(ExitSender, ExitInbox)> {
+pub fn channel<T>() -> io::Result<(NoticeSender<T>, NoticeInbox<T>)> {
     let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
     let (sender, receiver) = mpsc::channel();
-    Ok((ExitSender { sender, event: Arc::clone(&event) }, ExitInbox { receiver, event }))
+    Ok((NoticeSender { sender, event: Arc::clone(&event) }, NoticeInbox { receiver, event }))
 }
 
-impl ExitSender {
+impl<T> NoticeSender<T> {
     /// Sends; a control loop that is gone needs no news.
-    pub fn send(&self, reason: ExitReason) {
-        if self.sender.send(reason).is_ok()
+    pub fn send(&self, notice: T) {
+        if self.sender.send(notice).is_ok()
             && let Err(error) = self.event.write(1)
         {
             tracing::error!(%error, "cannot wake the control loop");
@@ -75,19 +83,30 @@ impl ExitSender {
     }
 }
 
-impl ExitInbox {
+impl<T> NoticeInbox<T> {
     /// The next news, if any.
-    pub fn take(&self) -> Option<ExitReason> {
+    pub fn take(&self) -> Option<T> {
         // Drained first, so that news sent after the last one was taken wakes again.
         let _ = self.event.read();
         self.receiver.try_recv().ok()
     }
 }
 
-impl AsFd for ExitInbox {
+impl<T> AsFd for NoticeInbox<T> {
     /// Readable while there may be news.
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the eventfd is open as long as `self`, which the borrow does not outlive.
         unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) }
     }
+}
+
+/// An error with all its causes, on one line.
+pub(crate) fn describe(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
 }

@@ -1,0 +1,156 @@
+//! What a destination is told of a VM before it moves, and whether a VM built here fits that.
+
+use std::collections::BTreeMap;
+
+use devices::serial::{self, Serial};
+use hypervisor::Cpuid;
+use passthrough::Passthrough;
+use virtio_devices::VirtioPciDevice;
+use vm_migration::SaveRestore;
+use vm_migration::migrate::{DeviceManifest, Manifest, MemoryRegion, Migratable, Refusal};
+
+use super::MigrateError;
+use crate::config::VmConfig;
+use crate::machine::{BusState, CHIPS_ID, CPUS_ID, CpuState, Machine, PCI_ID, VmChips};
+
+/// Most that a passthrough device's state may be, in bytes. The device does not tell a bound, and
+/// states of real NICs reach hundreds of megabytes.
+const MAX_PASSTHROUGH_STATE: u64 = 16 << 30;
+
+type Compat = BTreeMap<String, String>;
+
+/// Describes `machine` to a destination.
+pub(super) fn manifest(machine: &Machine, config: &VmConfig) -> Result<Manifest, MigrateError> {
+    let mut manifest = Manifest::new(machine.ram().page_size().bytes());
+    manifest.memory = machine
+        .ram()
+        .regions()
+        .iter()
+        .map(|region| MemoryRegion { gpa: region.gpa.0, len: region.len })
+        .collect();
+    manifest.vcpus = config.cpus.boot_vcpus;
+    manifest.cpuid = postcard::to_stdvec(machine.cpuid()).map_err(MigrateError::Cpuid)?;
+    manifest.config = serde_json::to_vec(config).map_err(MigrateError::Config)?;
+    manifest.devices = devices(machine);
+    Ok(manifest)
+}
+
+/// All parts with state, in the order in which they are stopped, sent and loaded: the CPUs and
+/// chips first, so that devices can raise interrupts when they are loaded; the bus last, as it
+/// maps what the devices' own states say.
+fn devices(machine: &Machine) -> Vec<DeviceManifest> {
+    let capabilities = machine.vm().capabilities();
+    let chips = compat([("timer", capabilities.timer.to_string())]);
+    let cpus = compat([
+        ("xsave_bytes", capabilities.xsave_bytes.to_string()),
+        ("count", machine.vcpus().cpus().len().to_string()),
+    ]);
+    let mut all = vec![
+        entry(CHIPS_ID, "vm", chips, VmChips::MAX_STATE_BYTES),
+        entry(CPUS_ID, "vcpus", cpus, CpuState::MAX_STATE_BYTES),
+    ];
+    if machine.devices().serial().is_some() {
+        all.push(entry(serial::ID, "serial", Compat::new(), Serial::MAX_STATE_BYTES));
+    }
+    for function in machine.devices().virtio() {
+        let features = function.device.lock().offered_features();
+        let compat = compat([("features", format!("{features:#x}"))]);
+        all.push(entry(&function.id, function.kind, compat, VirtioPciDevice::MAX_STATE_BYTES));
+    }
+    for user in machine.devices().users() {
+        all.push(passthrough_entry(&user.id, &user.device));
+    }
+    all.push(entry(PCI_ID, "pci", Compat::new(), BusState::MAX_STATE_BYTES));
+    all
+}
+
+fn compat<const N: usize>(pairs: [(&str, String); N]) -> Compat {
+    pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+}
+
+fn entry(id: &str, kind: &str, compat: Compat, max_state: usize) -> DeviceManifest {
+    DeviceManifest {
+        id: id.to_owned(),
+        kind: kind.to_owned(),
+        compat,
+        migratable: Migratable::Yes,
+        max_state_bytes: u64::try_from(max_state).unwrap_or(u64::MAX),
+    }
+}
+
+fn passthrough_entry(id: &str, device: &Passthrough) -> DeviceManifest {
+    let identity = device.identity();
+    let compat = compat([
+        ("vendor", format!("{:#06x}", identity.vendor)),
+        ("device", format!("{:#06x}", identity.device)),
+        ("subsystem_vendor", format!("{:#06x}", identity.subsystem_vendor)),
+        ("subsystem", format!("{:#06x}", identity.subsystem)),
+        ("revision", format!("{:#04x}", identity.revision)),
+    ]);
+    let migratable = match device.state_source().and_then(|_| device.dirty_source()) {
+        Ok(_) => Migratable::Yes,
+        Err(error) => Migratable::No {
+            reason: crate::notice::describe(&error),
+            remedy: "unplug it before the migration, or give a server that can migrate".into(),
+        },
+    };
+    DeviceManifest {
+        id: id.to_owned(),
+        kind: "passthrough".to_owned(),
+        compat,
+        migratable,
+        max_state_bytes: MAX_PASSTHROUGH_STATE,
+    }
+}
+
+/// What keeps the VM of `theirs` from running on `machine`, built here from its configuration.
+pub(super) fn misfits(theirs: &Manifest, machine: &Machine) -> Vec<Refusal> {
+    let mut refusals = cpu_misfits(theirs, machine);
+    for here in devices(machine) {
+        let Some(there) = theirs.devices.iter().find(|there| there.id == here.id) else {
+            // The engine compares the sets and names what is missing.
+            continue;
+        };
+        if here.kind != there.kind {
+            refusals.push(Refusal::new(
+                &here.id,
+                format!("it is a {} at the source and a {} here", there.kind, here.kind),
+                "give both sides the same devices",
+            ));
+        }
+        refusals.extend(compat_misfits(&here, there));
+    }
+    refusals
+}
+
+fn compat_misfits(here: &DeviceManifest, there: &DeviceManifest) -> Vec<Refusal> {
+    let mut refusals = Vec::new();
+    for (name, value) in &there.compat {
+        let own = here.compat.get(name);
+        if own != Some(value) {
+            let own = own.map_or("nothing", String::as_str);
+            refusals.push(Refusal::new(
+                &here.id,
+                format!("its {name} is {value} at the source and {own} here"),
+                "migrate to a host with an equal device",
+            ));
+        }
+    }
+    refusals
+}
+
+fn cpu_misfits(theirs: &Manifest, machine: &Machine) -> Vec<Refusal> {
+    let remedy = "migrate to a host whose CPU has all of the source's features";
+    match postcard::from_bytes::<Cpuid>(&theirs.cpuid) {
+        Err(error) => vec![Refusal::new(
+            "cpuid",
+            format!("the source's CPU features cannot be read: {error}"),
+            "run the same release of Ferry on both sides",
+        )],
+        Ok(cpuid) => cpuid
+            .missing_on(machine.cpuid())
+            .into_iter()
+            .map(|missing| Refusal::new("cpuid", missing.to_string(), remedy))
+            .collect(),
+    }
+}

@@ -1,0 +1,159 @@
+//! The source's side: a thread that moves the guest away.
+
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use devices::serial;
+use devices::thread::{ThreadKind, ThreadSpawner};
+use event_monitor::{Event, EventMonitor};
+use parking_lot::Mutex;
+use vm_migration::migrate::{
+    self, CancelHandle, MigrationStatus, Report, Side, SourceParts, SourcePhase, Status, TooLate,
+};
+use vm_migration::{
+    DirtySource, SnapshotSource, StateSource, VmmWriteSource,
+};
+
+use super::describe;
+use super::dirty::VcpuDirty;
+use super::MigrateError;
+use crate::api::SendMigrationConfig;
+use crate::config::VmConfig;
+use crate::machine::{
+    BusState, CHIPS_ID, CPUS_ID, CpuState, CpuSwitch, Machine, PCI_ID, VmChips,
+};
+use crate::migration_events;
+use crate::notice::{NoticeSender, describe};
+
+/// A migration away from here that is going on, or has ended.
+pub struct Sending {
+    status: Arc<Status>,
+    cancel: CancelHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Sending {
+    /// Starts moving `machine` to where `request` says. How it ends is told to `done`.
+    ///
+    /// # Errors
+    /// When something of the VM cannot be migrated at all, or there is no thread.
+    pub fn start(
+        machine: &Machine,
+        config: &VmConfig,
+        request: SendMigrationConfig,
+        tools: &Tools,
+    ) -> Result<Self, MigrateError> {
+        let manifest = describe::manifest(machine, config)?;
+        let mut parts = SourceParts::new(
+            manifest,
+            machine.ram().handle().clone(),
+            dirty_sources(machine),
+            state_sources(machine),
+            Box::new(CpuSwitch(Arc::clone(machine.vcpus()))),
+        )
+        .map_err(MigrateError::Engine)?;
+        let address = request.destination().map_err(MigrateError::Address)?;
+        let params = request.params();
+        let status = Status::new(Side::Source(SourcePhase::Preflight));
+        let cancel = CancelHandle::new().map_err(MigrateError::Resources)?;
+        let (own_status, own_cancel) = (Arc::clone(&status), cancel.clone());
+        let (events, done) = (tools.events.clone(), tools.done.clone());
+        let body = move || {
+            events.tell(Event::MigrationStarted);
+            let mut tell = |event: &_| migration_events::tell(&events, event);
+            let result = migrate::transport::connect(&address, &own_cancel)
+                .map_err(|error| {
+                    own_status.fail(&describe(&error));
+                    MigrateError::Transport(error)
+                })
+                .and_then(|connection| {
+                    migrate::source::run(&mut parts, connection, &params, &own_status, &mut tell)
+                        .map_err(MigrateError::Engine)
+                });
+            // The parts hold the machine's devices; let go of them before the control loop does.
+            drop(parts);
+            done.send(result);
+        };
+        let thread = tools
+            .spawner
+            .spawn(ThreadKind::MigrationSend, "migration-send", body)
+            .map_err(MigrateError::Resources)?;
+        Ok(Self { status, cancel, thread: Some(thread) })
+    }
+
+    /// How it is doing.
+    pub fn status(&self) -> MigrationStatus {
+        self.status.snapshot()
+    }
+
+    /// Asks it to stop.
+    ///
+    /// # Errors
+    /// [`TooLate`] once the guest's owner has changed.
+    pub fn cancel(&self) -> Result<(), TooLate> {
+        self.cancel.cancel()
+    }
+
+    /// Waits for the thread, which has told how it ended or is about to.
+    pub fn join(&mut self) {
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the migration's thread panicked");
+        }
+    }
+}
+
+/// What a migration's thread needs besides the VM.
+pub struct Tools {
+    /// Where the thread comes from.
+    pub spawner: ThreadSpawner,
+    /// Where events go.
+    pub events: EventMonitor,
+    /// Where the end is told.
+    pub done: NoticeSender<Result<Report, MigrateError>>,
+}
+
+/// All writers of guest memory.
+fn dirty_sources(machine: &Machine) -> Vec<Box<dyn DirtySource>> {
+    let regions = machine.ram().regions();
+    let vcpus = VcpuDirty::new(Arc::clone(machine.vm()), machine.slots(), &regions);
+    let vmm = VmmWriteSource::new(machine.ram().handle().clone());
+    let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(vcpus), Box::new(vmm)];
+    for user in machine.devices().users() {
+        // One that cannot log is refused by the manifest, which says why.
+        if let Ok(source) = user.device.dirty_source() {
+            sources.push(Box::new(source));
+        }
+    }
+    sources
+}
+
+/// All parts with state, in the manifest's order.
+fn state_sources(machine: &Machine) -> Vec<Box<dyn StateSource>> {
+    let mut sources: Vec<Box<dyn StateSource>> = vec![
+        Box::new(SnapshotSource::still(
+            CHIPS_ID,
+            Arc::new(Mutex::new(VmChips(Arc::clone(machine.vm())))),
+        )),
+        Box::new(SnapshotSource::still(
+            CPUS_ID,
+            Arc::new(Mutex::new(CpuState(Arc::clone(machine.vcpus())))),
+        )),
+    ];
+    if let Some(serial) = machine.devices().serial() {
+        sources.push(Box::new(SnapshotSource::new(serial::ID, Arc::clone(serial))));
+    }
+    for function in machine.devices().virtio() {
+        sources.push(Box::new(SnapshotSource::new(&function.id, Arc::clone(&function.device))));
+    }
+    for user in machine.devices().users() {
+        if let Ok(source) = user.device.state_source() {
+            sources.push(Box::new(source));
+        }
+    }
+    let bus = Arc::new(Mutex::new(BusState(Arc::clone(machine.devices().bus()))));
+    sources.push(Box::new(SnapshotSource::still(PCI_ID, bus)));
+    sources
+}
