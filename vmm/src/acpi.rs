@@ -4,8 +4,8 @@
 //! hardware-reduced model of ACPI 6.5, 4.1): sleep and reset are one register each.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
-    ONE, Package, Path, ResourceTemplate, Scope, ZERO,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE,
+    Package, Path, ResourceTemplate, Scope, ZERO,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace as GasSpace, GAS};
@@ -25,8 +25,6 @@ use crate::layout;
 const OEM_ID: [u8; 6] = *b"FERRY ";
 const OEM_TABLE_ID: [u8; 8] = *b"FERRYVMM";
 const OEM_REVISION: u32 = 1;
-/// IAPC_BOOT_ARCH: there is no CMOS real-time clock (ACPI 6.5, 5.2.9.3).
-const NO_CMOS_CLOCK: u16 = 1 << 5;
 /// The DSDT's header is 36 bytes (ACPI 6.5, 5.2.6).
 const SDT_HEADER: u32 = 36;
 
@@ -57,7 +55,10 @@ pub enum AcpiError {
 pub fn write_tables(memory: &GuestMemory, vcpus: u32) -> Result<GuestAddress, AcpiError> {
     let count = u8::try_from(vcpus).map_err(|_| AcpiError::TooManyVcpus { vcpus })?;
     let rsdp_address = layout::ACPI_START;
-    let mut area = Area { next: rsdp_address + 64, bytes: vec![0; 64] };
+    let mut area = Area {
+        next: rsdp_address + 64,
+        bytes: vec![0; 64],
+    };
 
     let dsdt = area.append(&bytes(&dsdt()));
     let fadt = area.append(&bytes(&fadt(dsdt).finalize()));
@@ -75,7 +76,9 @@ pub fn write_tables(memory: &GuestMemory, vcpus: u32) -> Result<GuestAddress, Ac
         head.copy_from_slice(&rsdp);
     }
     if area.next > layout::ACPI_END {
-        return Err(AcpiError::TooLarge { size: area.next - layout::ACPI_START });
+        return Err(AcpiError::TooLarge {
+            size: area.next - layout::ACPI_START,
+        });
     }
     memory
         .write_slice(&area.bytes, GuestAddress(rsdp_address))
@@ -108,7 +111,13 @@ fn bytes(table: &dyn Aml) -> Vec<u8> {
 }
 
 fn io_register(port: u16) -> GAS {
-    GAS::new(GasSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(port))
+    GAS::new(
+        GasSpace::SystemIo,
+        8,
+        0,
+        AccessSize::ByteAccess,
+        u64::from(port),
+    )
 }
 
 fn fadt(dsdt: u64) -> FADTBuilder {
@@ -118,8 +127,6 @@ fn fadt(dsdt: u64) -> FADTBuilder {
         .flag(Flags::ResetRegSup)
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
-    // No CMOS clock (IAPC_BOOT_ARCH bit 5): guests take the time from kvmclock.
-    fadt.iapc_boot_arch = NO_CMOS_CLOCK.into();
     fadt.reset_reg = io_register(devices::acpi::RESET_PORT);
     fadt.reset_value = devices::acpi::RESET_VALUE;
     fadt.sleep_control_reg = io_register(devices::acpi::SLEEP_CONTROL_PORT);
@@ -144,7 +151,10 @@ fn dsdt() -> Sdt {
     // \_S5: the sleep type that means off, as the sleep control register takes it.
     Name::new(
         "_S5_".into(),
-        &Package::new(vec![&devices::acpi::S5_SLEEP_TYPE, &devices::acpi::S5_SLEEP_TYPE]),
+        &Package::new(vec![
+            &devices::acpi::S5_SLEEP_TYPE,
+            &devices::acpi::S5_SLEEP_TYPE,
+        ]),
     )
     .to_aml_bytes(&mut aml);
     let mut table = Sdt::new(*b"DSDT", SDT_HEADER, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -174,7 +184,10 @@ fn pci_root(aml: &mut Vec<u8>) {
     let seg = Name::new("_SEG".into(), &ZERO);
     let bbn = Name::new("_BBN".into(), &ZERO);
     let cca = Name::new("_CCA".into(), &ONE);
-    let root = Device::new("PCI0".into(), vec![&hid, &cid, &uid, &seg, &bbn, &cca, &crs]);
+    let root = Device::new(
+        "PCI0".into(),
+        vec![&hid, &cid, &uid, &seg, &bbn, &cca, &crs],
+    );
     // Guests use ECAM only if a motherboard resource reserves it (PCI Firmware 3.3, 4.1.2).
     let board_resources = ResourceTemplate::new(vec![&ecam]);
     let board_crs = Name::new("_CRS".into(), &board_resources);

@@ -1,27 +1,37 @@
 //! The control loop: takes requests and the guest's own wishes one by one.
 //!
 //! It owns the VM. It never waits for a peer: a migration has threads of its own and tells the
-//! loop how it ended.
+//! loop how it ended. While one runs the loop answers, but changes nothing of the VM.
+
+mod guest;
 
 use std::io;
 
 use event_monitor::Event;
 use rustix::event::{PollFd, PollFlags, poll};
+use vm_migration::migrate::{MigrationStatus, Report};
 
-use crate::api::{ApiError, ApiInbox, ApiReply, ApiRequest, VmInfo, VmState, VmmPing};
+use crate::api::{
+    ApiError, ApiInbox, ApiReply, ApiRequest, ApiStatus, ReceiveMigrationConfig,
+    SendMigrationConfig, VmmPing,
+};
 use crate::config::VmConfig;
-use crate::notice::{ExitReason, NoticeInbox};
-use crate::machine::{Host, Machine};
+use crate::machine::Host;
+use crate::metrics;
+use crate::migrate::{Arrived, MigrateError, Receiving, Sending, Tools};
+use crate::notice::{self, ExitReason, NoticeInbox, NoticeSender, describe};
 use crate::signals::Signals;
+use guest::Guest;
 
-/// What there is of a VM.
-enum Guest {
-    /// No VM.
+type Sent = Result<Report, MigrateError>;
+type Received = Result<Box<Arrived>, MigrateError>;
+
+/// The migration that is going on or went last.
+enum Migration {
     None,
-    /// A VM that is configured, not running: never booted, or switched off.
-    Off { config: Box<VmConfig>, state: VmState },
-    /// A built VM.
-    On { config: Box<VmConfig>, machine: Box<Machine>, paused: bool },
+    Sending(Sending),
+    Receiving(Receiving),
+    Over(Box<MigrationStatus>),
 }
 
 /// The control loop.
@@ -31,6 +41,11 @@ pub struct Control {
     exits: NoticeInbox<ExitReason>,
     signals: Signals,
     guest: Guest,
+    migration: Migration,
+    sent: (NoticeSender<Sent>, NoticeInbox<Sent>),
+    received: (NoticeSender<Received>, NoticeInbox<Received>),
+    /// What the guest asked for while it was being migrated.
+    postponed: Option<ExitReason>,
     /// The process serves one VM and ends with it.
     end_with_guest: bool,
 }
@@ -38,14 +53,28 @@ pub struct Control {
 impl Control {
     /// A loop without a VM. With `end_with_guest` (the VM came from the command line) the process
     /// ends when the guest switches itself off.
+    ///
+    /// # Errors
+    /// When there are no eventfds.
     pub fn new(
         host: Host,
         inbox: ApiInbox,
         exits: NoticeInbox<ExitReason>,
         signals: Signals,
         end_with_guest: bool,
-    ) -> Self {
-        Self { host, inbox, exits, signals, guest: Guest::None, end_with_guest }
+    ) -> io::Result<Self> {
+        Ok(Self {
+            host,
+            inbox,
+            exits,
+            signals,
+            guest: Guest::None,
+            migration: Migration::None,
+            sent: notice::channel()?,
+            received: notice::channel()?,
+            postponed: None,
+            end_with_guest,
+        })
     }
 
     /// Creates and boots a VM, as the requests `vm.create` and `vm.boot` would.
@@ -53,8 +82,8 @@ impl Control {
     /// # Errors
     /// As theirs.
     pub fn create_and_boot(&mut self, config: VmConfig) -> Result<(), ApiError> {
-        self.create(config)?;
-        self.boot()
+        self.guest.create(config)?;
+        self.guest.boot(&self.host)
     }
 
     /// Serves until asked to end.
@@ -62,26 +91,40 @@ impl Control {
     /// # Errors
     /// When waiting fails.
     pub fn run(&mut self) -> io::Result<()> {
-        loop {
-            self.wait()?;
-            if self.signals.came() {
-                tracing::info!("asked to end by a signal");
-                return Ok(());
-            }
-            while let Some(reason) = self.exits.take() {
-                if self.guest_wants(reason) {
-                    return Ok(());
-                }
-            }
-            while let Some((request, responder)) = self.inbox.take() {
-                let ends = matches!(request, ApiRequest::VmmShutdown);
-                let answer = self.answer(request);
-                responder.respond(answer);
-                if ends {
-                    return Ok(());
-                }
+        while !self.turn()? {}
+        self.end_migration();
+        Ok(())
+    }
+
+    /// Waits once and does what there is to do; says whether to end.
+    fn turn(&mut self) -> io::Result<bool> {
+        self.wait()?;
+        if self.signals.came() {
+            tracing::info!("asked to end by a signal");
+            return Ok(true);
+        }
+        while let Some(result) = self.sent.1.take() {
+            if self.was_sent(result) {
+                return Ok(true);
             }
         }
+        while let Some(result) = self.received.1.take() {
+            self.was_received(result);
+        }
+        while let Some(reason) = self.exits.take() {
+            if self.guest_wants(reason) {
+                return Ok(true);
+            }
+        }
+        while let Some((request, responder)) = self.inbox.take() {
+            let ends = matches!(request, ApiRequest::VmmShutdown);
+            let answer = self.answer(request);
+            responder.respond(answer);
+            if ends {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn wait(&self) -> io::Result<()> {
@@ -89,6 +132,8 @@ impl Control {
             PollFd::new(&self.inbox, PollFlags::IN),
             PollFd::new(&self.exits, PollFlags::IN),
             PollFd::new(&self.signals, PollFlags::IN),
+            PollFd::new(&self.sent.1, PollFlags::IN),
+            PollFd::new(&self.received.1, PollFlags::IN),
         ];
         match poll(&mut fds, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
@@ -103,150 +148,236 @@ impl Control {
                 self.host.events.tell(Event::VmmShutdown);
                 Ok(ApiReply::Empty)
             }
-            ApiRequest::VmCreate(config) => self.create(*config).map(|()| ApiReply::Empty),
-            ApiRequest::VmBoot => self.boot().map(|()| ApiReply::Empty),
-            ApiRequest::VmInfo => self.info().map(|info| ApiReply::Info(Box::new(info))),
-            ApiRequest::VmPause => self.pause().map(|()| ApiReply::Empty),
-            ApiRequest::VmResume => self.resume().map(|()| ApiReply::Empty),
-            ApiRequest::VmShutdown => self.shutdown().map(|()| ApiReply::Empty),
-            ApiRequest::VmDelete => self.delete().map(|()| ApiReply::Empty),
-            _ => Err(ApiError::not_found("not yet")),
+            ApiRequest::VmInfo => self.guest.info().map(|info| ApiReply::Info(Box::new(info))),
+            ApiRequest::VmCounters => self.guest.counters().map(ApiReply::Counters),
+            ApiRequest::VmMigration => self.status().map(|now| ApiReply::Migration(Box::new(now))),
+            ApiRequest::VmCancelMigration => self.cancel().map(|()| ApiReply::Empty),
+            ApiRequest::VmMetrics => self.metrics().map(ApiReply::Metrics),
+            ApiRequest::VmCreate(_)
+            | ApiRequest::VmBoot
+            | ApiRequest::VmPause
+            | ApiRequest::VmResume
+            | ApiRequest::VmShutdown
+            | ApiRequest::VmDelete
+            | ApiRequest::VmSendMigration(_)
+            | ApiRequest::VmReceiveMigration(_) => self.change(request).map(|()| ApiReply::Empty),
         }
     }
 
-    fn create(&mut self, config: VmConfig) -> Result<(), ApiError> {
-        match self.guest {
-            Guest::None => {
-                let config = Box::new(config);
-                self.guest = Guest::Off { config, state: VmState::Created };
-                Ok(())
-            }
-            Guest::Off { .. } | Guest::On { .. } => {
-                Err(ApiError::conflict("a VM exists already: delete it first (vm.delete)"))
-            }
+    /// Requests that change the VM, which a migration forbids.
+    fn change(&mut self, request: ApiRequest) -> Result<(), ApiError> {
+        if matches!(
+            self.migration,
+            Migration::Sending(_) | Migration::Receiving(_)
+        ) {
+            return Err(ApiError::conflict(format!(
+                "{} is not possible during a migration: wait for its end or cancel it \
+                 (vm.cancel-migration)",
+                request.endpoint()
+            )));
+        }
+        match request {
+            ApiRequest::VmCreate(config) => self.guest.create(*config),
+            ApiRequest::VmBoot => self.guest.boot(&self.host),
+            ApiRequest::VmPause => self.guest.pause(&self.host.events),
+            ApiRequest::VmResume => self.guest.resume(&self.host.events),
+            ApiRequest::VmShutdown => self.guest.shutdown(&self.host.events),
+            ApiRequest::VmDelete => self.guest.delete(&self.host.events),
+            ApiRequest::VmSendMigration(request) => self.send(*request),
+            ApiRequest::VmReceiveMigration(request) => self.receive(*request),
+            other => Err(ApiError::not_found(format!(
+                "{} changes nothing",
+                other.endpoint()
+            ))),
         }
     }
 
-    fn boot(&mut self) -> Result<(), ApiError> {
-        let Guest::Off { config, .. } = &self.guest else { return Err(self.not("boot")) };
-        self.host.events.tell(Event::Booting);
-        let machine = build(config, &self.host)?;
-        self.guest = Guest::On {
-            config: config.clone(),
-            machine: Box::new(machine),
-            paused: false,
+    fn metrics(&self) -> Result<String, ApiError> {
+        let migration = self.status().ok();
+        let counters = self.guest.counters().unwrap_or_default();
+        let snapshot = metrics::Snapshot {
+            version: env!("CARGO_PKG_VERSION"),
+            vm: self.guest.metrics(&counters),
+            migration: migration.as_ref(),
+            events_dropped: self.host.events.dropped(),
         };
-        self.host.events.tell(Event::Booted);
-        Ok(())
-    }
-
-    fn info(&self) -> Result<VmInfo, ApiError> {
-        let (config, state) = match &self.guest {
-            Guest::None => return Err(self.not("describe")),
-            Guest::Off { config, state } => (config, *state),
-            Guest::On { config, paused: true, .. } => (config, VmState::Paused),
-            Guest::On { config, paused: false, .. } => (config, VmState::Running),
-        };
-        Ok(VmInfo {
-            config: (**config).clone(),
-            state,
-            memory_actual_size: config.memory.size,
-            devices: Default::default(),
-        })
-    }
-
-    fn pause(&mut self) -> Result<(), ApiError> {
-        let Guest::On { machine, paused: paused @ false, .. } = &mut self.guest else {
-            return Err(self.not("pause"));
-        };
-        self.host.events.tell(Event::Pausing);
-        machine.pause().map_err(|error| ApiError::internal(&error))?;
-        *paused = true;
-        self.host.events.tell(Event::Paused);
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), ApiError> {
-        let Guest::On { machine, paused: paused @ true, .. } = &mut self.guest else {
-            return Err(self.not("resume"));
-        };
-        self.host.events.tell(Event::Resuming);
-        machine.resume().map_err(|error| ApiError::internal(&error))?;
-        *paused = false;
-        self.host.events.tell(Event::Resumed);
-        Ok(())
-    }
-
-    fn shutdown(&mut self) -> Result<(), ApiError> {
-        let Guest::On { config, .. } = &self.guest else { return Err(self.not("switch off")) };
-        self.guest = Guest::Off { config: config.clone(), state: VmState::Shutdown };
-        self.host.events.tell(Event::Shutdown);
-        Ok(())
-    }
-
-    fn delete(&mut self) -> Result<(), ApiError> {
-        if matches!(self.guest, Guest::None) {
-            return Err(self.not("delete"));
-        }
-        self.guest = Guest::None;
-        self.host.events.tell(Event::Deleted);
-        Ok(())
-    }
-
-    /// Why the VM cannot do `what` in the state it is in.
-    fn not(&self, what: &str) -> ApiError {
-        match &self.guest {
-            Guest::None => ApiError::not_found(format!(
-                "there is no VM to {what}: create one first (vm.create)"
-            )),
-            Guest::Off { state, .. } => {
-                ApiError::conflict(format!("cannot {what} a VM that is {state:?}"))
-            }
-            Guest::On { paused, .. } => {
-                let state = if *paused { "paused" } else { "running" };
-                ApiError::conflict(format!("cannot {what} a VM that is {state}"))
-            }
-        }
-    }
-
-    /// Does what the guest asks or suffers; says whether the process shall end.
-    fn guest_wants(&mut self, reason: ExitReason) -> bool {
-        match reason {
-            ExitReason::PowerOff => {
-                tracing::info!("the guest switched itself off");
-                // Late news of a VM that is off already says nothing new.
-                let _ = self.shutdown();
-                self.end_with_guest
-            }
-            ExitReason::Reset => {
-                tracing::info!("the guest resets");
-                let done = self.shutdown().and_then(|()| self.boot());
-                if let Err(error) = done {
-                    tracing::error!(?error, "the guest could not be booted again");
-                    return self.end_with_guest;
-                }
-                false
-            }
-            ExitReason::Failed(reason) => {
-                tracing::error!(reason, "the guest cannot go on; it is switched off");
-                let _ = self.shutdown();
-                self.end_with_guest
-            }
-            ExitReason::DeviceLost { id, reason } => {
-                tracing::error!(id, reason, "a device is gone");
-                self.host.events.tell(Event::DeviceLost { id, reason });
-                false
-            }
-        }
+        metrics::render(&snapshot).map_err(|error| ApiError::internal(&error))
     }
 }
 
-fn build(config: &VmConfig, host: &Host) -> Result<Machine, ApiError> {
-    let failed = |error: crate::machine::MachineError| ApiError::internal(&error);
-    let machine = Machine::new(config, host).map_err(failed)?;
-    machine.load(config).map_err(failed)?;
-    machine.resume().map_err(failed)?;
-    Ok(machine)
+/// Migration.
+impl Control {
+    fn status(&self) -> Result<MigrationStatus, ApiError> {
+        match &self.migration {
+            Migration::None => Err(ApiError::not_found("there has been no migration")),
+            Migration::Sending(sending) => Ok(sending.status()),
+            Migration::Receiving(receiving) => Ok(receiving.status()),
+            Migration::Over(status) => Ok((**status).clone()),
+        }
+    }
+
+    fn send(&mut self, request: SendMigrationConfig) -> Result<(), ApiError> {
+        let (config, machine) = self.guest.running("migrate")?;
+        let tools = Tools {
+            spawner: self.host.spawner.clone(),
+            events: self.host.events.clone(),
+            done: self.sent.0.clone(),
+        };
+        let sending = Sending::start(machine, config, request, &tools)
+            .map_err(|error| ApiError::new(ApiStatus::Conflict, &error))?;
+        self.migration = Migration::Sending(sending);
+        Ok(())
+    }
+
+    fn receive(&mut self, request: ReceiveMigrationConfig) -> Result<(), ApiError> {
+        if !matches!(self.guest, Guest::None) {
+            return Err(ApiError::conflict(
+                "a VM exists here already: delete it first (vm.delete)",
+            ));
+        }
+        let receiving = Receiving::start(request, &self.host, self.received.0.clone())
+            .map_err(|error| ApiError::new(ApiStatus::Conflict, &error))?;
+        self.migration = Migration::Receiving(receiving);
+        Ok(())
+    }
+
+    fn cancel(&mut self) -> Result<(), ApiError> {
+        match &self.migration {
+            Migration::Sending(sending) => sending.cancel().map_err(|_| {
+                ApiError::conflict("too late: the guest belongs to the destination already")
+            }),
+            Migration::Receiving(receiving) => {
+                receiving.cancel();
+                Ok(())
+            }
+            Migration::None | Migration::Over(_) => {
+                Err(ApiError::conflict("there is no migration to cancel"))
+            }
+        }
+    }
+
+    /// The guest has left, or stays; says whether the process shall end.
+    fn was_sent(&mut self, result: Sent) -> bool {
+        self.migration_over();
+        let postponed = self.postponed.take();
+        match result {
+            Ok(report) => {
+                tracing::info!(
+                    total_ms = report.total_ms,
+                    "the guest runs at the destination"
+                );
+                for warning in &report.warnings {
+                    tracing::warn!(warning, "after the migration");
+                }
+                self.guest = Guest::None;
+                false
+            }
+            Err(error) => {
+                tracing::error!(error = describe(&error), "the guest could not be migrated");
+                if error.guest_is_paused() {
+                    self.guest.stands_still();
+                    return false;
+                }
+                postponed.is_some_and(|reason| self.guest_wants(reason))
+            }
+        }
+    }
+
+    fn was_received(&mut self, result: Received) {
+        self.migration_over();
+        match result {
+            Ok(arrived) => {
+                tracing::info!(total_ms = arrived.report.total_ms, "a guest has arrived");
+                self.guest = Guest::arrived(*arrived);
+            }
+            Err(error) => {
+                tracing::error!(error = describe(&error), "no guest has arrived");
+            }
+        }
+    }
+
+    /// Keeps the last status of a migration whose thread has told how it ended.
+    fn migration_over(&mut self) {
+        let over = match &mut self.migration {
+            Migration::Sending(sending) => {
+                sending.join();
+                sending.status()
+            }
+            Migration::Receiving(receiving) => {
+                receiving.join();
+                receiving.status()
+            }
+            Migration::None | Migration::Over(_) => return,
+        };
+        self.migration = Migration::Over(Box::new(over));
+    }
+
+    /// The process ends: a migration that can still be stopped is.
+    fn end_migration(&mut self) {
+        // Too late means that it is as good as over.
+        let _ = self.cancel();
+        self.migration_over();
+        // A guest that arrived meanwhile ends with the process, as any other.
+        while self.received.1.take().is_some() {}
+    }
+}
+
+/// The guest's own wishes.
+impl Control {
+    /// Does what the guest asks or suffers; says whether the process shall end.
+    fn guest_wants(&mut self, reason: ExitReason) -> bool {
+        if let ExitReason::DeviceLost { id, reason } = reason {
+            tracing::error!(id, reason, "a device is gone");
+            self.host.events.tell(Event::DeviceLost { id, reason });
+            return false;
+        }
+        if let Migration::Sending(sending) = &self.migration {
+            tracing::info!(
+                ?reason,
+                "the guest stops during its migration, which is cancelled"
+            );
+            // Too late cannot be: a vCPU that has ended does not get through the switchover.
+            let _ = sending.cancel();
+            self.postponed = Some(reason);
+            return false;
+        }
+        match reason {
+            ExitReason::Reset => self.reset(),
+            ExitReason::PowerOff => {
+                tracing::info!("the guest switched itself off");
+                self.off()
+            }
+            ExitReason::Failed(reason) => {
+                tracing::error!(reason, "the guest cannot go on; it is switched off");
+                self.off()
+            }
+            ExitReason::DeviceLost { .. } => false,
+        }
+    }
+
+    fn off(&mut self) -> bool {
+        // Late news of a VM that is off already says nothing new.
+        let _ = self.guest.shutdown(&self.host.events);
+        self.end_with_guest
+    }
+
+    fn reset(&mut self) -> bool {
+        tracing::info!("the guest resets");
+        let again = self
+            .guest
+            .shutdown(&self.host.events)
+            .and_then(|()| self.guest.boot(&self.host));
+        match again {
+            Ok(()) => false,
+            Err(error) => {
+                tracing::error!(
+                    chain = error.chain.join(": "),
+                    "the guest cannot be booted again"
+                );
+                self.end_with_guest
+            }
+        }
+    }
 }
 
 fn ping() -> VmmPing {

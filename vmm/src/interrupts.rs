@@ -18,7 +18,10 @@ use crate::layout;
 const MAX_GSI: u32 = 4096;
 
 fn backend(operation: &'static str) -> impl FnOnce(HypervisorError) -> InterruptError {
-    move |error| InterruptError::Backend { operation, cause: io::Error::other(error) }
+    move |error| InterruptError::Backend {
+        operation,
+        cause: io::Error::other(error),
+    }
 }
 
 /// The interrupt routing table and the numbers that are taken.
@@ -56,7 +59,9 @@ impl InterruptManager {
     /// When there is no eventfd, or the hypervisor refuses.
     pub fn isa_line(&self, irq: u32) -> Result<Arc<dyn IrqLine>, InterruptError> {
         let event = new_event()?;
-        self.vm.register_irqfd(&event, irq).map_err(backend("binding an ISA line"))?;
+        self.vm
+            .register_irqfd(&event, irq)
+            .map_err(backend("binding an ISA line"))?;
         Ok(Arc::new(IsaLine { event }))
     }
 
@@ -64,7 +69,11 @@ impl InterruptManager {
         let routes: Vec<MsiRoute> = table
             .messages
             .iter()
-            .map(|(&gsi, message)| MsiRoute { gsi, address: message.address, data: message.data })
+            .map(|(&gsi, message)| MsiRoute {
+                gsi,
+                address: message.address,
+                data: message.data,
+            })
             .collect();
         self.vm.set_msi_routes(&routes).map_err(backend("routing"))
     }
@@ -103,7 +112,10 @@ impl MsiFabric for Fabric {
         let free = MAX_GSI.saturating_sub(first);
         if u32::from(count) > free {
             let free = u16::try_from(free).unwrap_or(u16::MAX);
-            return Err(InterruptError::Exhausted { wanted: count, free });
+            return Err(InterruptError::Exhausted {
+                wanted: count,
+                free,
+            });
         }
         let mut lines: Vec<Arc<dyn MsiLine>> = Vec::with_capacity(usize::from(count));
         for gsi in first..first + u32::from(count) {
@@ -143,11 +155,12 @@ impl MsiLine for Vector {
             return Ok(());
         }
         let was_bound = route.is_some();
-        self.manager.set_message(self.gsi, message, |vm| match (was_bound, message) {
-            (false, Some(_)) => vm.register_irqfd(&self.event, self.gsi),
-            (true, None) => vm.unregister_irqfd(&self.event, self.gsi),
-            (true, Some(_)) | (false, None) => Ok(()),
-        })?;
+        self.manager
+            .set_message(self.gsi, message, |vm| match (was_bound, message) {
+                (false, Some(_)) => vm.register_irqfd(&self.event, self.gsi),
+                (true, None) => vm.unregister_irqfd(&self.event, self.gsi),
+                (true, Some(_)) | (false, None) => Ok(()),
+            })?;
         *route = message;
         Ok(())
     }
@@ -156,7 +169,10 @@ impl MsiLine for Vector {
         // SAFETY: the eventfd lives as long as the borrow.
         let fd = unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) };
         let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
         self.route.lock().is_none() && matches!(poll(&mut fds, Some(&now)), Ok(1))
     }
 }
@@ -172,15 +188,20 @@ impl IrqLine for IsaLine {
 }
 
 fn new_event() -> Result<EventFd, InterruptError> {
-    EventFd::new(EFD_NONBLOCK)
-        .map_err(|cause| InterruptError::Backend { operation: "making an eventfd", cause })
+    EventFd::new(EFD_NONBLOCK).map_err(|cause| InterruptError::Backend {
+        operation: "making an eventfd",
+        cause,
+    })
 }
 
 fn signal(event: &EventFd) -> Result<(), InterruptError> {
     match event.write(1) {
         // The count is at its end: it is pending already.
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
-        Err(cause) => Err(InterruptError::Backend { operation: "signalling", cause }),
+        Err(cause) => Err(InterruptError::Backend {
+            operation: "signalling",
+            cause,
+        }),
         Ok(()) => Ok(()),
     }
 }

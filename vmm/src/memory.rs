@@ -49,7 +49,11 @@ impl Ram {
         let mappings = split(config.size)
             .into_iter()
             .map(|(start, len)| {
-                Ok(RamMapping { gpa: Gpa(start.0), len, backing: backing(config, len)? })
+                Ok(RamMapping {
+                    gpa: Gpa(start.0),
+                    len,
+                    backing: backing(config, len)?,
+                })
             })
             .collect::<Result<Vec<_>, MemoryError>>()?;
         let memory = map_ram(mappings).map_err(MemoryError::Map)?;
@@ -58,7 +62,10 @@ impl Ram {
         }
         let page = u64::try_from(rustix::param::page_size()).unwrap_or(0);
         let page_size = PageSize::new(page).unwrap_or(PageSize::SIZE_4K);
-        Ok(Self { handle: MemoryHandle::new(memory), page_size })
+        Ok(Self {
+            handle: MemoryHandle::new(memory),
+            page_size,
+        })
     }
 
     /// The memory as devices hold it.
@@ -95,7 +102,10 @@ pub fn split(size: u64) -> Vec<(GuestAddress, u64)> {
 
 fn backing(config: &MemoryConfig, len: u64) -> Result<Backing, MemoryError> {
     if config.shared || config.hugepages {
-        return Ok(Backing::File { file: memfd(config, len)?, offset: 0 });
+        return Ok(Backing::File {
+            file: memfd(config, len)?,
+            offset: 0,
+        });
     }
     Ok(Backing::Anonymous)
 }
@@ -113,18 +123,22 @@ fn memfd(config: &MemoryConfig, size: u64) -> Result<File, MemoryError> {
     if config.hugepages {
         flags |= MemfdFlags::HUGETLB | huge_flag(config.hugepage_size);
     }
-    let fd = rustix::fs::memfd_create("ferry-ram", flags)
-        .map_err(failed("create a file for", ": does the host support that huge page size?"))?;
+    let fd = rustix::fs::memfd_create("ferry-ram", flags).map_err(failed(
+        "create a file for",
+        ": does the host support that huge page size?",
+    ))?;
     rustix::fs::ftruncate(&fd, size).map_err(failed("size a file for", ""))?;
     // Others map this file: it must not shrink under us.
     rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW)
         .map_err(failed("seal a file for", ""))?;
     if config.hugepages {
         // Without pages in the pool the first touch would be a SIGBUS, so take them now.
-        rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, size).map_err(failed(
-            "take huge pages for",
-            ": put enough pages into the pool (/proc/sys/vm/nr_hugepages)",
-        ))?;
+        rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, size).map_err(
+            failed(
+                "take huge pages for",
+                ": put enough pages into the pool (/proc/sys/vm/nr_hugepages)",
+            ),
+        )?;
     }
     Ok(File::from(fd))
 }

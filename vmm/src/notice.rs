@@ -49,7 +49,10 @@ pub struct NoticeSender<T> {
 
 impl<T> Clone for NoticeSender<T> {
     fn clone(&self) -> Self {
-        Self { sender: self.sender.clone(), event: Arc::clone(&self.event) }
+        Self {
+            sender: self.sender.clone(),
+            event: Arc::clone(&self.event),
+        }
     }
 }
 
@@ -69,7 +72,13 @@ pub type ExitSender = NoticeSender<ExitReason>;
 pub fn channel<T>() -> io::Result<(NoticeSender<T>, NoticeInbox<T>)> {
     let event = Arc::new(EventFd::new(EFD_NONBLOCK)?);
     let (sender, receiver) = mpsc::channel();
-    Ok((NoticeSender { sender, event: Arc::clone(&event) }, NoticeInbox { receiver, event }))
+    Ok((
+        NoticeSender {
+            sender,
+            event: Arc::clone(&event),
+        },
+        NoticeInbox { receiver, event },
+    ))
 }
 
 impl<T> NoticeSender<T> {

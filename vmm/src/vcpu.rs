@@ -111,12 +111,18 @@ impl Vcpus {
             mmio: around.mmio,
             exits: around.exits,
         });
-        let mut this = Self { shared, cpus: Vec::new(), threads: Vec::new() };
+        let mut this = Self {
+            shared,
+            cpus: Vec::new(),
+            threads: Vec::new(),
+        };
         for (id, cpu) in cpus.into_iter().enumerate() {
             let cpu = Arc::new(Mutex::new(cpu));
             let (shared, own) = (Arc::clone(&this.shared), Arc::clone(&cpu));
             let thread = spawner
-                .spawn(ThreadKind::Vcpu, &format!("vcpu{id}"), move || shared.serve(id, &own))
+                .spawn(ThreadKind::Vcpu, &format!("vcpu{id}"), move || {
+                    shared.serve(id, &own)
+                })
                 .map_err(|cause| VcpuError::Spawn { id, cause })?;
             this.cpus.push(cpu);
             this.threads.push(thread);
@@ -280,7 +286,9 @@ impl Shared {
             | VcpuExit::FailEntry { .. }
             | VcpuExit::MemoryFault { .. }
             | VcpuExit::Other(_)) => {
-                return Step::Done(ExitReason::Failed(format!("vCPU cannot go on: {failure:x?}")));
+                return Step::Done(ExitReason::Failed(format!(
+                    "vCPU cannot go on: {failure:x?}"
+                )));
             }
         }
         Step::Again

@@ -158,8 +158,9 @@ impl Status {
         change(&mut self.0.lock().now);
     }
 
-    /// Enters a phase; the clock stops at the last.
-    pub(super) fn enter(&self, side: Side) {
+    /// Enters a phase; the clock stops at the last. The engine does so by itself; for whoever
+    /// starts one that ends before there is a connection.
+    pub fn enter(&self, side: Side) {
         let mut inner = self.0.lock();
         let aborted = match &side {
             Side::Source(SourcePhase::Aborted { why })

@@ -1,24 +1,35 @@
 //! The VMM's process.
 
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
-use devices::ThreadSpawner;
-use event_monitor::EventMonitor;
+use devices::{ThreadKind, ThreadSpawner};
+use event_monitor::{Event, EventMonitor, Sink, open_path};
 use hypervisor::KvmHypervisor;
 use vmm::api::{self, ApiError, ApiListener, ApiServer};
 use vmm::cli::Cli;
 use vmm::control::Control;
+use vmm::inherited;
 use vmm::machine::Host;
-use vmm::signals::Signals;
 use vmm::notice;
+use vmm::seccomp::Filters;
+use vmm::signals::Signals;
+
+/// How long the last events may take to be written.
+const EVENTS_AT_EXIT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let filter = tracing_subscriber::EnvFilter::new(cli.level().name());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -29,33 +40,67 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
-    let signals = Signals::take().context("cannot take over signals")?;
     let config = cli.vm_config()?;
     if config.is_none() && cli.api_socket.is_none() {
-        return Err(anyhow!("nothing to do: give --kernel to boot a VM, or --api-socket to wait for requests"));
+        return Err(anyhow!(
+            "nothing to do: give --kernel to boot a VM, or --api-socket to wait for requests"
+        ));
     }
-    let spawner = ThreadSpawner::unconfined();
+    // Before the first thread, so that all of them leave these signals to the control loop.
+    let signals = Signals::take().context("cannot take over signals")?;
+    let filters = Filters::new(cli.seccomp).context("cannot prepare system-call filters")?;
+    let spawner = filters.spawner();
     let (exit_sender, exits) = notice::channel()?;
     let (handle, inbox) = api::channel()?;
+    let hypervisor = KvmHypervisor::open().context("KVM")?;
+    let (events, writer) = event_monitor(cli, &spawner)?;
+    events.tell(Event::VmmStarting);
     let host = Host {
-        hypervisor: Arc::new(KvmHypervisor::open()?),
+        hypervisor: Arc::new(hypervisor),
         spawner: spawner.clone(),
-        events: EventMonitor::disabled(),
+        events: events.clone(),
         exits: exit_sender,
     };
     let server = match &cli.api_socket {
-        Some(socket) => Some(ApiServer::start(ApiListener::open(socket)?, handle, &spawner)?),
+        Some(socket) => Some(ApiServer::start(
+            ApiListener::open(socket)?,
+            handle,
+            &spawner,
+        )?),
         None => None,
     };
-    let mut control = Control::new(host, inbox, exits, signals, config.is_some());
+    filters
+        .confine(ThreadKind::Vmm)
+        .context("cannot confine the control loop")?;
+    let mut control = Control::new(host, inbox, exits, signals, config.is_some())?;
     if let Some(config) = config {
         control.create_and_boot(config).map_err(chain)?;
     }
     control.run().context("the control loop failed")?;
+    drop(control);
     if let Some(server) = server {
         server.stop();
     }
+    events.flush(EVENTS_AT_EXIT);
+    drop((events, writer));
     Ok(())
+}
+
+/// The event monitor and the thread that writes for it, if events are asked for.
+fn event_monitor(
+    cli: &Cli,
+    spawner: &ThreadSpawner,
+) -> Result<(EventMonitor, Option<JoinHandle<()>>)> {
+    let sink: OwnedFd = match &cli.event_monitor {
+        None => return Ok((EventMonitor::disabled(), None)),
+        Some(Sink::Path(path)) => open_path(path)?.into(),
+        Some(Sink::Fd(fd)) => inherited::duplicate(*fd).with_context(|| {
+            format!("--event-monitor fd={fd}: nothing is open under that number")
+        })?,
+    };
+    let (monitor, writer) = EventMonitor::new(sink);
+    let thread = spawner.spawn(ThreadKind::EventMonitor, "event-monitor", || writer.run())?;
+    Ok((monitor, Some(thread)))
 }
 
 fn chain(error: ApiError) -> anyhow::Error {

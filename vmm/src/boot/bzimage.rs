@@ -1,8 +1,6 @@
 //! The 64-bit Linux boot protocol (kernel `Documentation/arch/x86/boot.rst`).
 
-use linux_loader::loader::bootparam::{
-    XLF_KERNEL_64, boot_e820_entry, boot_params, setup_header,
-};
+use linux_loader::loader::bootparam::{XLF_KERNEL_64, boot_e820_entry, boot_params, setup_header};
 use vm_memory::ByteValued;
 use vm_migration::memory::GuestMemory;
 
@@ -38,15 +36,25 @@ pub(super) fn write_zero_page(
     header.cmd_line_ptr = u32::try_from(layout::CMDLINE).unwrap_or(0);
     header.cmdline_size = u32::try_from(payload.cmdline.len()).unwrap_or(0);
     if let Some(loaded) = initramfs {
-        let no_room = |_| BootError::NoRoom { what: "initramfs", size: loaded.size };
+        let no_room = |_| BootError::NoRoom {
+            what: "initramfs",
+            size: loaded.size,
+        };
         header.ramdisk_image = u32::try_from(loaded.start).map_err(no_room)?;
         header.ramdisk_size = u32::try_from(loaded.size).map_err(no_room)?;
     }
-    let mut params = boot_params { hdr: header, ..Default::default() };
+    let mut params = boot_params {
+        hdr: header,
+        ..Default::default()
+    };
     params.acpi_rsdp_addr = payload.rsdp.0;
     let map = memory_map(memory);
     for (slot, (addr, size, kind)) in params.e820_table.iter_mut().zip(&map) {
-        *slot = boot_e820_entry { addr: *addr, size: *size, r#type: *kind };
+        *slot = boot_e820_entry {
+            addr: *addr,
+            size: *size,
+            r#type: *kind,
+        };
     }
     params.e820_entries = u8::try_from(map.len()).unwrap_or(u8::MAX);
     write(memory, "zero page", layout::ZERO_PAGE, params.as_slice())

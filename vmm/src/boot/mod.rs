@@ -68,7 +68,9 @@ pub enum BootError {
         length: usize,
     },
     /// Not enough memory below the hole.
-    #[error("{what} of {size} bytes does not fit in guest memory: give --memory size= a larger value")]
+    #[error(
+        "{what} of {size} bytes does not fit in guest memory: give --memory size= a larger value"
+    )]
     NoRoom {
         /// What does not fit.
         what: &'static str,
@@ -121,11 +123,19 @@ const E820_RESERVED: u32 = 2;
 pub fn load(memory: &GuestMemory, payload: &Payload<'_>) -> Result<EntryState, BootError> {
     let mut kernel = open("kernel", payload.kernel)?;
     let mut magic = [0u8; 4];
-    let cause = |cause| BootError::File { what: "kernel", path: payload.kernel.into(), cause };
+    let cause = |cause| BootError::File {
+        what: "kernel",
+        path: payload.kernel.into(),
+        cause,
+    };
     kernel.read_exact(&mut magic).map_err(cause)?;
     kernel.seek(SeekFrom::Start(0)).map_err(cause)?;
     write_cmdline(memory, payload.cmdline)?;
-    if magic == *b"\x7fELF" { load_elf(memory, payload, kernel) } else { load_bzimage(memory, payload, kernel) }
+    if magic == *b"\x7fELF" {
+        load_elf(memory, payload, kernel)
+    } else {
+        load_bzimage(memory, payload, kernel)
+    }
 }
 
 fn load_elf(
@@ -134,10 +144,14 @@ fn load_elf(
     mut kernel: File,
 ) -> Result<EntryState, BootError> {
     let high = Some(GuestAddress(layout::KERNEL_START));
-    let loaded = Elf::load(memory, None, &mut kernel, high)
-        .map_err(|cause| BootError::Load { path: payload.kernel.into(), cause })?;
+    let loaded = Elf::load(memory, None, &mut kernel, high).map_err(|cause| BootError::Load {
+        path: payload.kernel.into(),
+        cause,
+    })?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
-        return Err(BootError::NoPvhEntry { path: payload.kernel.into() });
+        return Err(BootError::NoPvhEntry {
+            path: payload.kernel.into(),
+        });
     };
     let initramfs = load_initramfs(memory, payload, loaded.kernel_end, u64::from(u32::MAX))?;
     pvh::write_start_info(memory, payload, initramfs)?;
@@ -153,31 +167,50 @@ fn load_bzimage(
     let loaded = BzImage::load(memory, None, &mut kernel, high).map_err(|cause| match cause {
         linux_loader::loader::Error::Bzimage(
             linux_loader::loader::bzimage::Error::InvalidBzImage,
-        ) => BootError::UnknownFormat { path: payload.kernel.into() },
-        cause => BootError::Load { path: payload.kernel.into(), cause },
+        ) => BootError::UnknownFormat {
+            path: payload.kernel.into(),
+        },
+        cause => BootError::Load {
+            path: payload.kernel.into(),
+            cause,
+        },
     })?;
     let header = loaded
         .setup_header
-        .ok_or_else(|| BootError::UnknownFormat { path: payload.kernel.into() })?;
+        .ok_or_else(|| BootError::UnknownFormat {
+            path: payload.kernel.into(),
+        })?;
     if !bzimage::has_64bit_entry(&header) {
-        return Err(BootError::No64BitEntry { path: payload.kernel.into() });
+        return Err(BootError::No64BitEntry {
+            path: payload.kernel.into(),
+        });
     }
     // The decompressor needs `init_size` bytes from where it runs.
-    let end = loaded.kernel_load.0.saturating_add(u64::from(header.init_size));
-    let initramfs =
-        load_initramfs(memory, payload, end, bzimage::initramfs_limit(&header))?;
+    let end = loaded
+        .kernel_load
+        .0
+        .saturating_add(u64::from(header.init_size));
+    let initramfs = load_initramfs(memory, payload, end, bzimage::initramfs_limit(&header))?;
     bzimage::write_zero_page(memory, payload, header, initramfs)?;
     regs::write_long_mode_tables(memory)?;
-    Ok(EntryState::linux64(loaded.kernel_load.0 + bzimage::ENTRY_OFFSET))
+    Ok(EntryState::linux64(
+        loaded.kernel_load.0 + bzimage::ENTRY_OFFSET,
+    ))
 }
 
 fn open(what: &'static str, path: &Path) -> Result<File, BootError> {
-    File::open(path).map_err(|cause| BootError::File { what, path: path.into(), cause })
+    File::open(path).map_err(|cause| BootError::File {
+        what,
+        path: path.into(),
+        cause,
+    })
 }
 
 fn write_cmdline(memory: &GuestMemory, cmdline: &str) -> Result<(), BootError> {
     if cmdline.len() >= layout::CMDLINE_MAX || cmdline.contains('\0') {
-        return Err(BootError::CommandLine { length: cmdline.len() });
+        return Err(BootError::CommandLine {
+            length: cmdline.len(),
+        });
     }
     let mut bytes = cmdline.as_bytes().to_vec();
     bytes.push(0);
@@ -191,10 +224,16 @@ fn load_initramfs(
     kernel_end: u64,
     limit: u64,
 ) -> Result<Option<Loaded>, BootError> {
-    let Some(path) = payload.initramfs else { return Ok(None) };
+    let Some(path) = payload.initramfs else {
+        return Ok(None);
+    };
     let what = "initramfs";
     let mut file = open(what, path)?;
-    let failed = |cause| BootError::File { what, path: path.into(), cause };
+    let failed = |cause| BootError::File {
+        what,
+        path: path.into(),
+        cause,
+    };
     let size = file.metadata().map_err(failed)?.len();
     let too_big = BootError::NoRoom { what, size };
     let top = low_ram_end(memory).min(limit.saturating_add(1));

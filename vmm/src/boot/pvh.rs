@@ -53,20 +53,43 @@ pub(super) fn write_start_info(
 ) -> Result<(), BootError> {
     let map: Vec<MemmapEntry> = memory_map(memory)
         .into_iter()
-        .map(|(addr, size, kind)| MemmapEntry { addr, size, kind, reserved: 0 })
+        .map(|(addr, size, kind)| MemmapEntry {
+            addr,
+            size,
+            kind,
+            reserved: 0,
+        })
         .collect();
-    write(memory, "PVH memory map", layout::PVH_MEMMAP, map.as_slice().as_bytes())?;
+    write(
+        memory,
+        "PVH memory map",
+        layout::PVH_MEMMAP,
+        map.as_slice().as_bytes(),
+    )?;
     if let Some(loaded) = initramfs {
-        let module =
-            Module { paddr: loaded.start, size: loaded.size, cmdline_paddr: 0, reserved: 0 };
-        write(memory, "PVH module list", layout::PVH_MODULES, module.as_bytes())?;
+        let module = Module {
+            paddr: loaded.start,
+            size: loaded.size,
+            cmdline_paddr: 0,
+            reserved: 0,
+        };
+        write(
+            memory,
+            "PVH module list",
+            layout::PVH_MODULES,
+            module.as_bytes(),
+        )?;
     }
     let info = StartInfo {
         magic: START_MAGIC,
         version: 1,
         flags: 0,
         nr_modules: u32::from(initramfs.is_some()),
-        modlist_paddr: if initramfs.is_some() { layout::PVH_MODULES } else { 0 },
+        modlist_paddr: if initramfs.is_some() {
+            layout::PVH_MODULES
+        } else {
+            0
+        },
         cmdline_paddr: layout::CMDLINE,
         rsdp_paddr: payload.rsdp.0,
         memmap_paddr: layout::PVH_MEMMAP,

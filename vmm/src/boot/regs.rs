@@ -16,7 +16,12 @@ const EFER_LMA: u64 = 1 << 10;
 const RFLAGS_FIXED: u64 = 2;
 
 /// Flat 32-bit code, 64-bit code, data, and a busy 32-bit TSS, at their selectors.
-const GDT: [u64; 4] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0x008f_8b00_0000_ffff];
+const GDT: [u64; 4] = [
+    0,
+    0x00af_9b00_0000_ffff,
+    0x00cf_9300_0000_ffff,
+    0x008f_8b00_0000_ffff,
+];
 
 /// How the first vCPU enters the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,17 +41,27 @@ enum Mode {
 impl EntryState {
     /// Entry by the PVH protocol.
     pub fn pvh(entry: u64) -> Self {
-        Self { entry, mode: Mode::Pvh }
+        Self {
+            entry,
+            mode: Mode::Pvh,
+        }
     }
 
     /// Entry by the 64-bit Linux boot protocol.
     pub fn linux64(entry: u64) -> Self {
-        Self { entry, mode: Mode::Linux64 }
+        Self {
+            entry,
+            mode: Mode::Linux64,
+        }
     }
 
     /// General registers.
     pub fn regs(&self) -> Registers {
-        let mut regs = Registers { rip: self.entry, rflags: RFLAGS_FIXED, ..Default::default() };
+        let mut regs = Registers {
+            rip: self.entry,
+            rflags: RFLAGS_FIXED,
+            ..Default::default()
+        };
         match self.mode {
             Mode::Pvh => regs.rbx = layout::PVH_INFO,
             Mode::Linux64 => {
@@ -62,10 +77,18 @@ impl EntryState {
     pub fn apply_sregs(&self, sregs: &mut SpecialRegisters) {
         let long = self.mode == Mode::Linux64;
         let data = segment(0x10, 0x3, false);
-        sregs.cs = Segment { l: u8::from(long), db: u8::from(!long), ..segment(0x8, 0xb, false) };
-        for slot in
-            [&mut sregs.ds, &mut sregs.es, &mut sregs.fs, &mut sregs.gs, &mut sregs.ss]
-        {
+        sregs.cs = Segment {
+            l: u8::from(long),
+            db: u8::from(!long),
+            ..segment(0x8, 0xb, false)
+        };
+        for slot in [
+            &mut sregs.ds,
+            &mut sregs.es,
+            &mut sregs.fs,
+            &mut sregs.gs,
+            &mut sregs.ss,
+        ] {
             *slot = data;
         }
         sregs.tr = segment(0x18, 0xb, true);
@@ -114,17 +137,27 @@ pub(super) fn write_long_mode_tables(memory: &GuestMemory) -> Result<(), BootErr
     const DIRECTORIES: u64 = 4;
     let what = "boot page tables";
     let table = |entries: &[u64]| -> Vec<u8> {
-        entries.iter().flat_map(|entry| entry.to_le_bytes()).collect()
+        entries
+            .iter()
+            .flat_map(|entry| entry.to_le_bytes())
+            .collect()
     };
     write(memory, "boot GDT", layout::GDT, &table(&GDT))?;
     write(memory, "boot IDT", layout::IDT, &[0; 8])?;
     let pdpt = layout::PAGE_TABLES + 0x1000;
     let first_pd = pdpt + 0x1000;
-    write(memory, what, layout::PAGE_TABLES, &table(&[pdpt | PRESENT_WRITABLE]))?;
-    let pointers: Vec<u64> =
-        (0..DIRECTORIES).map(|i| (first_pd + i * 0x1000) | PRESENT_WRITABLE).collect();
+    write(
+        memory,
+        what,
+        layout::PAGE_TABLES,
+        &table(&[pdpt | PRESENT_WRITABLE]),
+    )?;
+    let pointers: Vec<u64> = (0..DIRECTORIES)
+        .map(|i| (first_pd + i * 0x1000) | PRESENT_WRITABLE)
+        .collect();
     write(memory, what, pdpt, &table(&pointers))?;
-    let pages: Vec<u64> =
-        (0..DIRECTORIES * 512).map(|i| (i << 21) | LARGE | PRESENT_WRITABLE).collect();
+    let pages: Vec<u64> = (0..DIRECTORIES * 512)
+        .map(|i| (i << 21) | LARGE | PRESENT_WRITABLE)
+        .collect();
     write(memory, what, first_pd, &table(&pages))
 }

@@ -1,30 +1,33 @@
 //! The devices of a machine and where they are.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use devices::acpi::{self, AcpiPower, I8042, Sink};
 use devices::bus::{Bus, BusDevice};
+use devices::rtc::{self, Rtc};
 use devices::serial::{self, Serial};
 use devices::terminal::Terminal;
 use hypervisor::Vm;
-use passthrough::{Passthrough, VfioUserBackend};
 use net_util::tap::{Tap, TapName};
 use parking_lot::Mutex;
+use passthrough::{Passthrough, VfioUserBackend};
 use pci::PciBus;
-use virtio_devices::net::{Net, NetBackend, NetCounters, NetOptions};
+use virtio_devices::net::{Net, NetBackend, NetCounters, NetOptions, NetTotals};
 use virtio_devices::{Console, Rng, VirtioDevice, VirtioPciDevice, VirtioPciParts};
 use vm_migration::Pause;
 
 use super::pci::PciRoot;
 use super::{Host, MachineError};
+use crate::api::Counters;
 use crate::config::{ConsoleConfig, NetConfig, UserDeviceConfig, VmConfig};
-use crate::notice::{ExitReason, describe};
 use crate::inherited;
 use crate::interrupts::{Fabric, InterruptManager};
 use crate::layout;
 use crate::memory::Ram;
+use crate::notice::{ExitReason, describe};
 use crate::power::PowerButton;
 
 /// What devices are plugged into.
@@ -60,6 +63,7 @@ pub struct UserFunction {
 
 /// The devices of a machine.
 pub struct Devices {
+    rtc: Arc<Mutex<Rtc>>,
     serial: Option<Arc<Mutex<Serial>>>,
     virtio: Vec<VirtioFunction>,
     users: Vec<UserFunction>,
@@ -74,15 +78,28 @@ impl Devices {
         board: &Board<'_>,
     ) -> Result<Self, MachineError> {
         legacy(host, board)?;
+        let rtc = clock(board)?;
         let serial = serial_port(config, host, board)?;
         let mut root = PciRoot::new(board)?;
         let mut virtio = Vec::new();
         // Console and entropy come first, so that adding a NIC moves no other device.
         if let Some(terminal) = terminal("the console", &config.console)? {
             let console = Console::new("_console", Arc::new(terminal));
-            virtio.push(function("virtio-console", Box::new(console), None, host, board)?);
+            virtio.push(function(
+                "virtio-console",
+                Box::new(console),
+                None,
+                host,
+                board,
+            )?);
         }
-        virtio.push(function("virtio-rng", Box::new(Rng::new("_rng")), None, host, board)?);
+        virtio.push(function(
+            "virtio-rng",
+            Box::new(Rng::new("_rng")),
+            None,
+            host,
+            board,
+        )?);
         for net in &config.net {
             let (device, counters) = network(net)?;
             virtio.push(function("virtio-net", device, Some(counters), host, board)?);
@@ -96,18 +113,30 @@ impl Devices {
             root.add(Arc::new(Mutex::new(function.device.clone())))?;
             users.push(function);
         }
-        Ok(Self { serial, virtio, users, bus: Arc::clone(root.bus()) })
+        Ok(Self {
+            rtc,
+            serial,
+            virtio,
+            users,
+            bus: Arc::clone(root.bus()),
+        })
     }
 
     /// Lets all devices go on, in the order they were made.
     pub(super) fn resume(&self) -> Result<(), MachineError> {
         for function in &self.virtio {
             let resumed = function.device.lock().resume();
-            resumed.map_err(|cause| MachineError::State { operation: "go on", cause })?;
+            resumed.map_err(|cause| MachineError::State {
+                operation: "go on",
+                cause,
+            })?;
         }
         for user in &self.users {
             let resumed = user.device.clone().resume();
-            resumed.map_err(|cause| MachineError::State { operation: "go on", cause })?;
+            resumed.map_err(|cause| MachineError::State {
+                operation: "go on",
+                cause,
+            })?;
         }
         Ok(())
     }
@@ -116,13 +145,62 @@ impl Devices {
     pub(super) fn pause(&self) -> Result<(), MachineError> {
         for user in self.users.iter().rev() {
             let paused = user.device.clone().pause();
-            paused.map_err(|cause| MachineError::State { operation: "stop", cause })?;
+            paused.map_err(|cause| MachineError::State {
+                operation: "stop",
+                cause,
+            })?;
         }
         for function in self.virtio.iter().rev() {
             let paused = function.device.lock().pause();
-            paused.map_err(|cause| MachineError::State { operation: "stop", cause })?;
+            paused.map_err(|cause| MachineError::State {
+                operation: "stop",
+                cause,
+            })?;
         }
         Ok(())
+    }
+
+    /// What each device counts.
+    pub fn counters(&self) -> Counters {
+        self.virtio
+            .iter()
+            .filter_map(|function| {
+                let totals = function.counters.as_ref()?.totals();
+                Some((function.id.clone(), net_counters(&totals)))
+            })
+            .collect()
+    }
+
+    /// What is worth knowing of each device besides its configuration.
+    pub fn facts(&self) -> BTreeMap<String, BTreeMap<String, String>> {
+        let mut all = BTreeMap::new();
+        let pty = self.serial.as_ref().and_then(|serial| {
+            serial
+                .lock()
+                .terminal()
+                .pty_path()
+                .map(|path| path.display().to_string())
+        });
+        if let Some(path) = pty {
+            all.insert(
+                serial::ID.to_owned(),
+                BTreeMap::from([("pty".to_owned(), path)]),
+            );
+        }
+        for user in &self.users {
+            let facts = BTreeMap::from([
+                ("backend".to_owned(), "vfio-user".to_owned()),
+                ("socket".to_owned(), user.socket.display().to_string()),
+                ("dirty_source".to_owned(), dirty_source(&user.device)),
+            ]);
+            all.insert(user.id.clone(), facts);
+        }
+        all
+    }
+
+    /// The real-time clock.
+    pub fn rtc(&self) -> &Arc<Mutex<Rtc>> {
+        &self.rtc
     }
 
     /// The serial port, if there is one.
@@ -146,6 +224,30 @@ impl Devices {
     }
 }
 
+fn net_counters(totals: &NetTotals) -> BTreeMap<String, u64> {
+    let named = [
+        ("rx_frames", totals.rx_packets),
+        ("rx_bytes", totals.rx_bytes),
+        ("rx_dropped", totals.rx_dropped),
+        ("tx_frames", totals.tx_packets),
+        ("tx_bytes", totals.tx_bytes),
+        ("tx_dropped", totals.tx_dropped),
+        ("hashed", totals.hashed()),
+    ];
+    named
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect()
+}
+
+/// Where a migration learns which pages the device wrote, or why it cannot.
+fn dirty_source(device: &Passthrough) -> String {
+    match device.dirty_source() {
+        Ok(_) => "device DMA log".to_owned(),
+        Err(error) => describe(&error),
+    }
+}
+
 fn function(
     kind: &'static str,
     device: Box<dyn VirtioDevice>,
@@ -161,12 +263,15 @@ fn function(
         spawner: host.spawner.clone(),
     };
     let device = VirtioPciDevice::new(parts).map_err(MachineError::device(&id))?;
-    Ok(VirtioFunction { id, kind, device: Arc::new(Mutex::new(device)), counters })
+    Ok(VirtioFunction {
+        id,
+        kind,
+        device: Arc::new(Mutex::new(device)),
+        counters,
+    })
 }
 
-fn network(
-    config: &NetConfig,
-) -> Result<(Box<dyn VirtioDevice>, Arc<NetCounters>), MachineError> {
+fn network(config: &NetConfig) -> Result<(Box<dyn VirtioDevice>, Arc<NetCounters>), MachineError> {
     let id = &config.id;
     let pairs = NonZeroU16::new(config.num_queues / 2).unwrap_or(NonZeroU16::MIN);
     let tap = match &config.tap {
@@ -211,17 +316,26 @@ fn user_device(
     let id = &config.id;
     let (exits, gone) = (host.exits.clone(), id.clone());
     let on_gone = Box::new(move |error: &passthrough::BackendError| {
-        exits.send(ExitReason::DeviceLost { id: gone, reason: describe(error) });
+        exits.send(ExitReason::DeviceLost {
+            id: gone,
+            reason: describe(error),
+        });
     });
     let memory = board.ram.handle().clone();
     let backend = VfioUserBackend::connect(&config.socket, memory, &host.spawner, on_gone)
         .map_err(MachineError::device(id))?;
     let fabric = Fabric(Arc::clone(board.interrupts));
-    let device = Passthrough::new(id, Arc::new(backend), &fabric)
-        .map_err(MachineError::device(id))?;
+    let device =
+        Passthrough::new(id, Arc::new(backend), &fabric).map_err(MachineError::device(id))?;
     device.reset().map_err(MachineError::device(id))?;
-    device.map_memory(&board.ram.memory()).map_err(MachineError::device(id))?;
-    Ok(UserFunction { id: id.clone(), socket: config.socket.clone(), device })
+    device
+        .map_memory(&board.ram.memory())
+        .map_err(MachineError::device(id))?;
+    Ok(UserFunction {
+        id: id.clone(),
+        socket: config.socket.clone(),
+        device,
+    })
 }
 
 pub(super) fn place(
@@ -232,7 +346,10 @@ pub(super) fn place(
     device: Arc<dyn BusDevice>,
 ) -> Result<(), MachineError> {
     bus.insert(base, len, device)
-        .map_err(|cause| MachineError::Bus { what: what.to_owned(), cause })
+        .map_err(|cause| MachineError::Bus {
+            what: what.to_owned(),
+            cause,
+        })
 }
 
 fn legacy(host: &Host, board: &Board<'_>) -> Result<(), MachineError> {
@@ -247,8 +364,42 @@ fn legacy(host: &Host, board: &Board<'_>) -> Result<(), MachineError> {
         Arc::new(AcpiPower::new(requests.clone())),
     )?;
     let keyboard = Arc::new(I8042::new(requests));
-    place(pio, "i8042", port(layout::I8042_PORT), port(acpi::I8042_PORTS), keyboard)?;
-    place(pio, "debug port", port(layout::DEBUG_PORT), 1, Arc::new(Sink))
+    place(
+        pio,
+        "i8042",
+        port(layout::I8042_PORT),
+        port(acpi::I8042_PORTS),
+        keyboard,
+    )?;
+    place(
+        pio,
+        "debug port",
+        port(layout::DEBUG_PORT),
+        1,
+        Arc::new(Sink),
+    )
+}
+
+fn clock(board: &Board<'_>) -> Result<Arc<Mutex<Rtc>>, MachineError> {
+    let (mut below, mut above) = (0, 0);
+    for region in board.ram.regions() {
+        let side = if region.gpa.0 < layout::LOW_RAM_END {
+            &mut below
+        } else {
+            &mut above
+        };
+        *side += region.len;
+    }
+    let rtc = Rtc::new(below, above);
+    let ports = (u64::from(rtc::BASE_PORT), u64::from(rtc::PORTS));
+    place(
+        board.pio,
+        "real-time clock",
+        ports.0,
+        ports.1,
+        Arc::new(rtc.clone()),
+    )?;
+    Ok(Arc::new(Mutex::new(rtc)))
 }
 
 fn terminal(
@@ -263,7 +414,8 @@ fn terminal(
         ConsoleConfig::File(path) => Terminal::file(path),
         ConsoleConfig::Socket(path) => Terminal::socket(path),
     };
-    made.map(Some).map_err(|cause| MachineError::Terminal { device, cause })
+    made.map(Some)
+        .map_err(|cause| MachineError::Terminal { device, cause })
 }
 
 fn serial_port(
@@ -271,12 +423,25 @@ fn serial_port(
     host: &Host,
     board: &Board<'_>,
 ) -> Result<Option<Arc<Mutex<Serial>>>, MachineError> {
-    let Some(terminal) = terminal("the serial port", &config.serial)? else { return Ok(None) };
-    let line =
-        board.interrupts.isa_line(layout::COM1_IRQ).map_err(MachineError::Interrupts)?;
-    let port = Serial::new(terminal, line, &host.spawner)
-        .map_err(|cause| MachineError::Resources { what: "the serial port", cause })?;
+    let Some(terminal) = terminal("the serial port", &config.serial)? else {
+        return Ok(None);
+    };
+    let line = board
+        .interrupts
+        .isa_line(layout::COM1_IRQ)
+        .map_err(MachineError::Interrupts)?;
+    let port =
+        Serial::new(terminal, line, &host.spawner).map_err(|cause| MachineError::Resources {
+            what: "the serial port",
+            cause,
+        })?;
     let base = u64::from(layout::COM1_PORT);
-    place(board.pio, "serial port", base, u64::from(serial::PORTS), port.registers())?;
+    place(
+        board.pio,
+        "serial port",
+        base,
+        u64::from(serial::PORTS),
+        port.registers(),
+    )?;
     Ok(Some(Arc::new(Mutex::new(port))))
 }

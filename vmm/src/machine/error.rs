@@ -97,10 +97,16 @@ pub enum MachineError {
 
 impl MachineError {
     /// An error of the hypervisor in `operation`.
-    pub(crate) fn hypervisor(
-        operation: &'static str,
-    ) -> impl Fn(hypervisor::Error) -> Self + Copy {
+    pub(crate) fn hypervisor(operation: &'static str) -> impl Fn(hypervisor::Error) -> Self + Copy {
         move |cause| Self::Hypervisor { operation, cause }
+    }
+
+    /// The device it is about, if it is about one.
+    pub fn device_id(&self) -> Option<&str> {
+        match self {
+            Self::Device { id, .. } | Self::NoRoom { id } => Some(id),
+            _ => None,
+        }
     }
 
     /// An error in making device `id`.
@@ -109,6 +115,9 @@ impl MachineError {
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let id = id.to_owned();
-        move |cause| Self::Device { id, cause: cause.into() }
+        move |cause| Self::Device {
+            id,
+            cause: cause.into(),
+        }
     }
 }

@@ -16,9 +16,9 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use crate::acpi;
 use crate::boot::{self, Payload};
 use crate::config::VmConfig;
-use crate::notice::ExitSender;
 use crate::interrupts::InterruptManager;
 use crate::memory::Ram;
+use crate::notice::ExitSender;
 use crate::vcpu::{Surroundings, Vcpus};
 
 pub use devices::{Devices, UserFunction, VirtioFunction};
@@ -64,24 +64,42 @@ impl Machine {
             .map_err(MachineError::hypervisor("create a VM"))?;
         let ram = Ram::new(&config.memory).map_err(MachineError::Memory)?;
         let slots = add_memory(&*vm, &ram)?;
-        let interrupts = InterruptManager::new(Arc::clone(&vm)).map_err(MachineError::Interrupts)?;
+        let interrupts =
+            InterruptManager::new(Arc::clone(&vm)).map_err(MachineError::Interrupts)?;
         let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
         let devices = Devices::new(
             config,
             host,
-            &devices::Board { vm: &vm, ram: &ram, interrupts: &interrupts, pio: &pio, mmio: &mmio },
+            &devices::Board {
+                vm: &vm,
+                ram: &ram,
+                interrupts: &interrupts,
+                pio: &pio,
+                mmio: &mmio,
+            },
         )?;
         let cpus = (0..config.cpus.boot_vcpus)
             .map(|id| vm.create_vcpu(id))
             .collect::<Result<Vec<_>, _>>()
             .map_err(MachineError::hypervisor("create a vCPU"))?;
-        let around = Surroundings { pio, mmio, exits: host.exits.clone() };
+        let around = Surroundings {
+            pio,
+            mmio,
+            exits: host.exits.clone(),
+        };
         let vcpus = Vcpus::start(cpus, around, &host.spawner).map_err(MachineError::Vcpu)?;
         let cpuid = host
             .hypervisor
             .supported_cpuid()
             .map_err(MachineError::hypervisor("tell the CPU features"))?;
-        Ok(Self { vcpus: Arc::new(vcpus), devices, vm, slots, ram, cpuid })
+        Ok(Self {
+            vcpus: Arc::new(vcpus),
+            devices,
+            vm,
+            slots,
+            ram,
+            cpuid,
+        })
     }
 
     /// Loads the kernel and its tables and puts the vCPUs at their start.
@@ -92,7 +110,11 @@ impl Machine {
         let memory = self.ram.memory();
         let count = config.cpus.boot_vcpus;
         let rsdp = acpi::write_tables(&memory, count).map_err(MachineError::Acpi)?;
-        let kernel = config.payload.kernel.as_deref().ok_or(MachineError::NoKernel)?;
+        let kernel = config
+            .payload
+            .kernel
+            .as_deref()
+            .ok_or(MachineError::NoKernel)?;
         let payload = Payload {
             kernel,
             initramfs: config.payload.initramfs.as_deref(),

@@ -25,7 +25,11 @@ fn failed(
     operation: &'static str,
     cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
 ) -> StateError {
-    StateError::Failed { id: id.into(), operation, cause: cause.into() }
+    StateError::Failed {
+        id: id.into(),
+        operation,
+        cause: cause.into(),
+    }
 }
 
 /// All vCPUs as one part. They are paused and resumed by the migration engine itself, not as a
@@ -48,18 +52,31 @@ impl SaveRestore for CpuState {
             let mut cpu = cpu.lock();
             let state = cpu.save().map_err(|cause| failed(CPUS_ID, "save", cause))?;
             mark_paused(&**cpu);
-            cpus.push(state.encode().map_err(|cause| failed(CPUS_ID, "save", cause))?);
+            cpus.push(
+                state
+                    .encode()
+                    .map_err(|cause| failed(CPUS_ID, "save", cause))?,
+            );
         }
-        postcard::to_stdvec(&SavedCpus { version: VERSION, cpus })
-            .map_err(|cause| failed(CPUS_ID, "save", cause))
+        postcard::to_stdvec(&SavedCpus {
+            version: VERSION,
+            cpus,
+        })
+        .map_err(|cause| failed(CPUS_ID, "save", cause))
     }
 
     fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
-        let bad = |reason: String| StateError::BadState { id: CPUS_ID.into(), reason };
+        let bad = |reason: String| StateError::BadState {
+            id: CPUS_ID.into(),
+            reason,
+        };
         let saved: SavedCpus =
             postcard::from_bytes(bytes).map_err(|error| bad(error.to_string()))?;
         if saved.version != VERSION {
-            return Err(bad(format!("version {}, {VERSION} is known", saved.version)));
+            return Err(bad(format!(
+                "version {}, {VERSION} is known",
+                saved.version
+            )));
         }
         let (here, there) = (self.0.cpus().len(), saved.cpus.len());
         if here != there {
@@ -68,7 +85,9 @@ impl SaveRestore for CpuState {
         for (cpu, bytes) in self.0.cpus().iter().zip(&saved.cpus) {
             let state =
                 VcpuState::decode(bytes).map_err(|cause| failed(CPUS_ID, "decode", cause))?;
-            cpu.lock().restore(&state).map_err(|cause| failed(CPUS_ID, "restore", cause))?;
+            cpu.lock()
+                .restore(&state)
+                .map_err(|cause| failed(CPUS_ID, "restore", cause))?;
         }
         Ok(())
     }
@@ -88,13 +107,20 @@ impl SaveRestore for VmChips {
     const MAX_STATE_BYTES: usize = VmState::MAX_BYTES;
 
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
-        let state = self.0.save().map_err(|cause| failed(CHIPS_ID, "save", cause))?;
-        state.encode().map_err(|cause| failed(CHIPS_ID, "save", cause))
+        let state = self
+            .0
+            .save()
+            .map_err(|cause| failed(CHIPS_ID, "save", cause))?;
+        state
+            .encode()
+            .map_err(|cause| failed(CHIPS_ID, "save", cause))
     }
 
     fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
         let state = VmState::decode(bytes).map_err(|cause| failed(CHIPS_ID, "decode", cause))?;
-        self.0.restore(&state).map_err(|cause| failed(CHIPS_ID, "restore", cause))
+        self.0
+            .restore(&state)
+            .map_err(|cause| failed(CHIPS_ID, "restore", cause))
     }
 }
 
@@ -114,7 +140,9 @@ impl SaveRestore for BusState {
             id: PCI_ID.into(),
             reason: error.to_string(),
         })?;
-        self.0.restore(&state).map_err(|cause| failed(PCI_ID, "restore", cause))
+        self.0
+            .restore(&state)
+            .map_err(|cause| failed(PCI_ID, "restore", cause))
     }
 }
 
@@ -123,10 +151,14 @@ pub struct CpuSwitch(pub Arc<Vcpus>);
 
 impl Pause for CpuSwitch {
     fn pause(&mut self) -> Result<(), StateError> {
-        self.0.pause().map_err(|cause| failed(CPUS_ID, "pause", cause))
+        self.0
+            .pause()
+            .map_err(|cause| failed(CPUS_ID, "pause", cause))
     }
 
     fn resume(&mut self) -> Result<(), StateError> {
-        self.0.resume().map_err(|cause| failed(CPUS_ID, "resume", cause))
+        self.0
+            .resume()
+            .map_err(|cause| failed(CPUS_ID, "resume", cause))
     }
 }

@@ -36,7 +36,8 @@ impl DoorbellBinder for KernelDoorbells {
         doorbell: &Doorbell,
     ) -> Result<(), BoxError> {
         let at = Self::address(space, address)?;
-        self.0.register_ioeventfd(&doorbell.eventfd, at, doorbell.size, doorbell.datamatch)?;
+        self.0
+            .register_ioeventfd(&doorbell.eventfd, at, doorbell.size, doorbell.datamatch)?;
         Ok(())
     }
 
@@ -47,7 +48,8 @@ impl DoorbellBinder for KernelDoorbells {
         doorbell: &Doorbell,
     ) -> Result<(), BoxError> {
         let at = Self::address(space, address)?;
-        self.0.unregister_ioeventfd(&doorbell.eventfd, at, doorbell.size, doorbell.datamatch)?;
+        self.0
+            .unregister_ioeventfd(&doorbell.eventfd, at, doorbell.size, doorbell.datamatch)?;
         Ok(())
     }
 }
@@ -71,9 +73,21 @@ impl PciRoot {
         );
         let bus = PciBus::new(Arc::new(mapper));
         let ecam = Arc::new(EcamWindow::new(Arc::clone(&bus)));
-        place(board.mmio, "PCI ECAM", layout::ECAM_START, layout::ECAM_SIZE, ecam)?;
+        place(
+            board.mmio,
+            "PCI ECAM",
+            layout::ECAM_START,
+            layout::ECAM_SIZE,
+            ecam,
+        )?;
         let ports = Arc::new(ConfigPorts::new(Arc::clone(&bus)));
-        place(board.pio, "PCI configuration ports", u64::from(layout::PCI_CONFIG_PORT), 8, ports)?;
+        place(
+            board.pio,
+            "PCI configuration ports",
+            u64::from(layout::PCI_CONFIG_PORT),
+            8,
+            ports,
+        )?;
         let room = AddressAllocator::new(layout::PCI_MMIO_START, layout::PCI_MMIO_SIZE)
             .map_err(|error| MachineError::device("the PCI root")(error.to_string()))?;
         Ok(Self { bus, room })

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use devices::rtc::{self, Rtc};
 use devices::serial::{self, Serial};
 use hypervisor::Cpuid;
 use passthrough::Passthrough;
@@ -26,7 +27,10 @@ pub(super) fn manifest(machine: &Machine, config: &VmConfig) -> Result<Manifest,
         .ram()
         .regions()
         .iter()
-        .map(|region| MemoryRegion { gpa: region.gpa.0, len: region.len })
+        .map(|region| MemoryRegion {
+            gpa: region.gpa.0,
+            len: region.len,
+        })
         .collect();
     manifest.vcpus = config.cpus.boot_vcpus;
     manifest.cpuid = postcard::to_stdvec(machine.cpuid()).map_err(MigrateError::Cpuid)?;
@@ -49,23 +53,42 @@ fn devices(machine: &Machine) -> Vec<DeviceManifest> {
         entry(CHIPS_ID, "vm", chips, VmChips::MAX_STATE_BYTES),
         entry(CPUS_ID, "vcpus", cpus, CpuState::MAX_STATE_BYTES),
     ];
+    all.push(entry(rtc::ID, "rtc", Compat::new(), Rtc::MAX_STATE_BYTES));
     if machine.devices().serial().is_some() {
-        all.push(entry(serial::ID, "serial", Compat::new(), Serial::MAX_STATE_BYTES));
+        all.push(entry(
+            serial::ID,
+            "serial",
+            Compat::new(),
+            Serial::MAX_STATE_BYTES,
+        ));
     }
     for function in machine.devices().virtio() {
         let features = function.device.lock().offered_features();
         let compat = compat([("features", format!("{features:#x}"))]);
-        all.push(entry(&function.id, function.kind, compat, VirtioPciDevice::MAX_STATE_BYTES));
+        all.push(entry(
+            &function.id,
+            function.kind,
+            compat,
+            VirtioPciDevice::MAX_STATE_BYTES,
+        ));
     }
     for user in machine.devices().users() {
         all.push(passthrough_entry(&user.id, &user.device));
     }
-    all.push(entry(PCI_ID, "pci", Compat::new(), BusState::MAX_STATE_BYTES));
+    all.push(entry(
+        PCI_ID,
+        "pci",
+        Compat::new(),
+        BusState::MAX_STATE_BYTES,
+    ));
     all
 }
 
 fn compat<const N: usize>(pairs: [(&str, String); N]) -> Compat {
-    pairs.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    pairs
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect()
 }
 
 fn entry(id: &str, kind: &str, compat: Compat, max_state: usize) -> DeviceManifest {
@@ -83,7 +106,10 @@ fn passthrough_entry(id: &str, device: &Passthrough) -> DeviceManifest {
     let compat = compat([
         ("vendor", format!("{:#06x}", identity.vendor)),
         ("device", format!("{:#06x}", identity.device)),
-        ("subsystem_vendor", format!("{:#06x}", identity.subsystem_vendor)),
+        (
+            "subsystem_vendor",
+            format!("{:#06x}", identity.subsystem_vendor),
+        ),
         ("subsystem", format!("{:#06x}", identity.subsystem)),
         ("revision", format!("{:#04x}", identity.revision)),
     ]);
@@ -114,7 +140,10 @@ pub(super) fn misfits(theirs: &Manifest, machine: &Machine) -> Vec<Refusal> {
         if here.kind != there.kind {
             refusals.push(Refusal::new(
                 &here.id,
-                format!("it is a {} at the source and a {} here", there.kind, here.kind),
+                format!(
+                    "it is a {} at the source and a {} here",
+                    there.kind, here.kind
+                ),
                 "give both sides the same devices",
             ));
         }

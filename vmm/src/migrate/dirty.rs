@@ -4,9 +4,7 @@ use std::sync::Arc;
 
 use hypervisor::{MemorySlot, Vm};
 use vm_migration::memory::RamRegion;
-use vm_migration::{
-    DirtyError, DirtySource, Iova, IovaBitmap, IovaRange, PageSize, Precision,
-};
+use vm_migration::{DirtyError, DirtySource, Iova, IovaBitmap, IovaRange, PageSize, Precision};
 
 /// Identifier of the source.
 pub(super) const VCPU_SOURCE_ID: &str = "vcpu";
@@ -41,7 +39,11 @@ impl VcpuDirty {
             .zip(regions)
             .filter_map(|(slot, region)| {
                 let range = IovaRange::new(Iova(region.gpa.0), region.len)?;
-                Some(Slot { slot: *slot, range, words: Vec::new() })
+                Some(Slot {
+                    slot: *slot,
+                    range,
+                    words: Vec::new(),
+                })
             })
             .collect();
         Self { vm, slots }
@@ -63,8 +65,13 @@ impl DirtySource for VcpuDirty {
 
     fn start(&mut self, _: &[IovaRange]) -> Result<(), DirtyError> {
         for slot in &mut self.slots {
-            self.vm.set_dirty_logging(slot.slot, true).map_err(failed("start"))?;
-            let words = self.vm.dirty_log_words(slot.slot).map_err(failed("start"))?;
+            self.vm
+                .set_dirty_logging(slot.slot, true)
+                .map_err(failed("start"))?;
+            let words = self
+                .vm
+                .dirty_log_words(slot.slot)
+                .map_err(failed("start"))?;
             slot.words.resize(words, 0);
         }
         Ok(())
@@ -78,19 +85,23 @@ impl DirtySource for VcpuDirty {
                 last: window.last(),
             });
         };
-        self.vm.read_dirty_log(slot.slot, &mut slot.words).map_err(failed("report"))?;
-        bitmap.or_words(window.first(), PageSize::SIZE_4K, &slot.words).map_err(|cause| {
-            DirtyError::Backend {
+        self.vm
+            .read_dirty_log(slot.slot, &mut slot.words)
+            .map_err(failed("report"))?;
+        bitmap
+            .or_words(window.first(), PageSize::SIZE_4K, &slot.words)
+            .map_err(|cause| DirtyError::Backend {
                 source_id: VCPU_SOURCE_ID.into(),
                 operation: "report",
                 cause: Box::new(cause),
-            }
-        })
+            })
     }
 
     fn stop(&mut self) -> Result<(), DirtyError> {
         for slot in &self.slots {
-            self.vm.set_dirty_logging(slot.slot, false).map_err(failed("stop"))?;
+            self.vm
+                .set_dirty_logging(slot.slot, false)
+                .map_err(failed("stop"))?;
         }
         Ok(())
     }

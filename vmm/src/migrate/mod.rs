@@ -1,9 +1,8 @@
 //! The VM's side of a live migration: what [`vm_migration`] sees of a [`Machine`].
 //!
-//! - [`dirty`]: KVM's dirty log as a source of dirty pages.
-//! - [`describe`]: what a destination is told of the VM, and whether a VM here fits it.
-//! - [`send`], [`receive`]: the threads on either side.
-//! - [`tell`]: the engine's news as events.
+//! - `dirty`: KVM's dirty log as a source of dirty pages.
+//! - `describe`: what a destination is told of the VM, and whether a VM here fits it.
+//! - `send`, `receive`: the threads on either side, [`Sending`] and [`Receiving`].
 //!
 //! [`Machine`]: crate::machine::Machine
 
@@ -11,19 +10,22 @@ mod describe;
 mod dirty;
 mod receive;
 mod send;
-mod tell;
 
 pub use receive::{Arrived, Receiving};
-pub use send::Sending;
+pub use send::{Sending, Tools};
 
-use vm_migration::migrate::{AddressError, MigrationError, TransportError};
+use event_monitor::EventMonitor;
+use vm_migration::migrate::{MigrationError, MigrationEvent, Side, Status, TransportError};
+
+use crate::config::ConfigError;
+use crate::migration_events;
 
 /// Why a migration could not be started, or how it failed.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrateError {
     /// The URL is none.
     #[error("bad migration URL")]
-    Address(#[source] AddressError),
+    Address(#[source] ConfigError),
     /// The other side cannot be reached, or nobody may listen here.
     #[error("cannot connect")]
     Transport(#[source] TransportError),
@@ -50,4 +52,10 @@ impl MigrateError {
     pub fn guest_is_paused(&self) -> bool {
         matches!(self, Self::Engine(error) if error.guest_is_paused())
     }
+}
+
+/// A migration ended before it had a connection: says so as the engine would have.
+fn failed_early(status: &Status, events: &EventMonitor, side: Side) {
+    status.enter(side.clone());
+    migration_events::tell(events, &MigrationEvent::Phase(side));
 }

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use devices::rtc;
 use devices::serial;
 use devices::thread::ThreadKind;
 use event_monitor::Event;
 use parking_lot::Mutex;
 use vm_migration::migrate::{
     self, CancelHandle, DestinationHost, DestinationParts, DestinationPhase, DestinationReport,
-    Listener, Manifest, MigrationStatus, Refusal, Side, Status,
+    Listener, Manifest, MigrationEvent, MigrationStatus, Refusal, Side, Status,
 };
 use vm_migration::{SnapshotSink, StateSink};
 
@@ -66,7 +67,11 @@ impl Receiving {
             .spawner
             .spawn(ThreadKind::MigrationReceive, "migration-recv", body)
             .map_err(MigrateError::Resources)?;
-        Ok(Self { status, cancel, thread: Some(thread) })
+        Ok(Self {
+            status,
+            cancel,
+            thread: Some(thread),
+        })
     }
 
     /// How it is doing.
@@ -97,18 +102,30 @@ fn serve(
     host: Host,
 ) -> Result<Arrived, MigrateError> {
     let connection = listener.accept(None, cancel).map_err(|error| {
-        status.fail(&describe(&error));
+        let why = describe(&error);
+        let side = Side::Destination(DestinationPhase::Aborted { why });
+        super::failed_early(status, &host.events, side);
         MigrateError::Transport(error)
     })?;
     let events = host.events.clone();
     events.tell(Event::MigrationReceiveStarted);
-    let mut tell = |event: &_| migration_events::tell(&events, event);
-    let mut incoming = Incoming { host, request, built: None };
+    let mut tell = |event: &MigrationEvent| migration_events::tell(&events, event);
+    let mut incoming = Incoming {
+        host,
+        request,
+        built: None,
+    };
     let arrival = migrate::destination::run(connection, &mut incoming, status, &mut tell)
         .map_err(MigrateError::Engine)?;
     match incoming.built {
-        Some((config, machine)) => Ok(Arrived { config, machine, report: arrival.report }),
-        None => Err(MigrateError::Resources(std::io::Error::other("the VM was not built"))),
+        Some((config, machine)) => Ok(Arrived {
+            config,
+            machine,
+            report: arrival.report,
+        }),
+        None => Err(MigrateError::Resources(std::io::Error::other(
+            "the VM was not built",
+        ))),
     }
 }
 
@@ -122,12 +139,20 @@ struct Incoming {
 impl Incoming {
     fn config(&self, manifest: &Manifest) -> Result<VmConfig, Vec<Refusal>> {
         let refuse = |reason: String| {
-            vec![Refusal::new("config", reason, "run the same release of Ferry on both sides")]
+            vec![Refusal::new(
+                "config",
+                reason,
+                "run the same release of Ferry on both sides",
+            )]
         };
         let mut config: VmConfig =
             serde_json::from_slice(&manifest.config).map_err(|error| refuse(error.to_string()))?;
         self.request.apply_to(&mut config).map_err(|error| {
-            vec![Refusal::new("config", describe(&error), "correct vm.receive-migration")]
+            vec![Refusal::new(
+                "config",
+                describe(&error),
+                "correct vm.receive-migration",
+            )]
         })?;
         config.validate().map_err(|error| refuse(describe(&error)))
     }
@@ -149,7 +174,11 @@ impl DestinationHost for Incoming {
             return Err(refusals);
         }
         let sinks = sinks(&machine).map_err(|error| {
-            vec![Refusal::new("vm", describe(&error), "give a device that can be migrated")]
+            vec![Refusal::new(
+                "vm",
+                describe(&error),
+                "give a device that can be migrated",
+            )]
         })?;
         let parts = DestinationParts {
             memory: machine.ram().handle().clone(),
@@ -177,11 +206,16 @@ fn sinks(machine: &Machine) -> Result<Vec<Box<dyn StateSink>>, vm_migration::Sta
             Arc::new(Mutex::new(CpuState(Arc::clone(machine.vcpus())))),
         )),
     ];
+    let rtc = Arc::clone(machine.devices().rtc());
+    sinks.push(Box::new(SnapshotSink::still(rtc::ID, rtc)));
     if let Some(serial) = machine.devices().serial() {
         sinks.push(Box::new(SnapshotSink::new(serial::ID, Arc::clone(serial))));
     }
     for function in machine.devices().virtio() {
-        sinks.push(Box::new(SnapshotSink::new(&function.id, Arc::clone(&function.device))));
+        sinks.push(Box::new(SnapshotSink::new(
+            &function.id,
+            Arc::clone(&function.device),
+        )));
     }
     for user in machine.devices().users() {
         sinks.push(Box::new(user.device.state_sink()?));

@@ -1,28 +1,25 @@
 //! The source's side: a thread that moves the guest away.
 
-use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use devices::rtc;
 use devices::serial;
 use devices::thread::{ThreadKind, ThreadSpawner};
 use event_monitor::{Event, EventMonitor};
 use parking_lot::Mutex;
 use vm_migration::migrate::{
-    self, CancelHandle, MigrationStatus, Report, Side, SourceParts, SourcePhase, Status, TooLate,
+    self, CancelHandle, MigrationEvent, MigrationStatus, Report, Side, SourceParts, SourcePhase,
+    Status, TooLate,
 };
-use vm_migration::{
-    DirtySource, SnapshotSource, StateSource, VmmWriteSource,
-};
+use vm_migration::{DirtySource, SnapshotSource, StateSource, VmmWriteSource};
 
-use super::describe;
-use super::dirty::VcpuDirty;
 use super::MigrateError;
+use super::describe as description;
+use super::dirty::VcpuDirty;
 use crate::api::SendMigrationConfig;
 use crate::config::VmConfig;
-use crate::machine::{
-    BusState, CHIPS_ID, CPUS_ID, CpuState, CpuSwitch, Machine, PCI_ID, VmChips,
-};
+use crate::machine::{BusState, CHIPS_ID, CPUS_ID, CpuState, CpuSwitch, Machine, PCI_ID, VmChips};
 use crate::migration_events;
 use crate::notice::{NoticeSender, describe};
 
@@ -44,7 +41,7 @@ impl Sending {
         request: SendMigrationConfig,
         tools: &Tools,
     ) -> Result<Self, MigrateError> {
-        let manifest = describe::manifest(machine, config)?;
+        let manifest = description::manifest(machine, config)?;
         let mut parts = SourceParts::new(
             manifest,
             machine.ram().handle().clone(),
@@ -59,12 +56,17 @@ impl Sending {
         let cancel = CancelHandle::new().map_err(MigrateError::Resources)?;
         let (own_status, own_cancel) = (Arc::clone(&status), cancel.clone());
         let (events, done) = (tools.events.clone(), tools.done.clone());
+        events.tell(Event::MigrationStarted);
         let body = move || {
-            events.tell(Event::MigrationStarted);
-            let mut tell = |event: &_| migration_events::tell(&events, event);
+            let mut tell = |event: &MigrationEvent| migration_events::tell(&events, event);
             let result = migrate::transport::connect(&address, &own_cancel)
                 .map_err(|error| {
-                    own_status.fail(&describe(&error));
+                    let why = describe(&error);
+                    super::failed_early(
+                        &own_status,
+                        &events,
+                        Side::Source(SourcePhase::Aborted { why }),
+                    );
                     MigrateError::Transport(error)
                 })
                 .and_then(|connection| {
@@ -79,7 +81,11 @@ impl Sending {
             .spawner
             .spawn(ThreadKind::MigrationSend, "migration-send", body)
             .map_err(MigrateError::Resources)?;
-        Ok(Self { status, cancel, thread: Some(thread) })
+        Ok(Self {
+            status,
+            cancel,
+            thread: Some(thread),
+        })
     }
 
     /// How it is doing.
@@ -142,11 +148,19 @@ fn state_sources(machine: &Machine) -> Vec<Box<dyn StateSource>> {
             Arc::new(Mutex::new(CpuState(Arc::clone(machine.vcpus())))),
         )),
     ];
+    let rtc = Arc::clone(machine.devices().rtc());
+    sources.push(Box::new(SnapshotSource::still(rtc::ID, rtc)));
     if let Some(serial) = machine.devices().serial() {
-        sources.push(Box::new(SnapshotSource::new(serial::ID, Arc::clone(serial))));
+        sources.push(Box::new(SnapshotSource::new(
+            serial::ID,
+            Arc::clone(serial),
+        )));
     }
     for function in machine.devices().virtio() {
-        sources.push(Box::new(SnapshotSource::new(&function.id, Arc::clone(&function.device))));
+        sources.push(Box::new(SnapshotSource::new(
+            &function.id,
+            Arc::clone(&function.device),
+        )));
     }
     for user in machine.devices().users() {
         if let Ok(source) = user.device.state_source() {

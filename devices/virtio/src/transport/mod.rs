@@ -205,6 +205,12 @@ impl VirtioPciDevice {
         self.follow_msix_control();
     }
 
+    /// The features offered to the driver, whether or not it took them. A migration's destination
+    /// must offer the same.
+    pub fn offered_features(&self) -> u64 {
+        self.device.features()
+    }
+
     /// Whether the device has stopped because its driver broke the protocol or the host failed
     /// it, and waits for a reset.
     pub fn is_broken(&self) -> bool {

@@ -1,0 +1,224 @@
+//! What there is of a VM, and what can be done to it.
+
+use std::collections::BTreeMap;
+
+use event_monitor::{Event, EventMonitor};
+
+use crate::api::{ApiError, Counters, VmInfo, VmState};
+use crate::config::VmConfig;
+use crate::machine::{Host, Machine, MachineError};
+use crate::metrics::VmSnapshot;
+use crate::migrate::Arrived;
+
+/// What there is of a VM.
+pub(super) enum Guest {
+    /// No VM.
+    None,
+    /// A VM that is configured, not running: never booted, or switched off.
+    Off {
+        /// Its configuration.
+        config: Box<VmConfig>,
+        /// Created or shut down.
+        state: VmState,
+    },
+    /// A built VM.
+    On {
+        /// Its configuration.
+        config: Box<VmConfig>,
+        /// The VM.
+        machine: Box<Machine>,
+        /// Its vCPUs and devices stand still.
+        paused: bool,
+    },
+}
+
+fn internal(error: &MachineError) -> ApiError {
+    ApiError::internal(error)
+}
+
+impl Guest {
+    /// A VM that came from another host and runs.
+    pub(super) fn arrived(arrived: Arrived) -> Self {
+        Self::On {
+            config: Box::new(arrived.config),
+            machine: Box::new(arrived.machine),
+            paused: false,
+        }
+    }
+
+    pub(super) fn create(&mut self, config: VmConfig) -> Result<(), ApiError> {
+        match self {
+            Self::None => {
+                *self = Self::Off {
+                    config: Box::new(config),
+                    state: VmState::Created,
+                };
+                Ok(())
+            }
+            Self::Off { .. } | Self::On { .. } => Err(ApiError::conflict(
+                "a VM exists already: delete it first (vm.delete)",
+            )),
+        }
+    }
+
+    pub(super) fn boot(&mut self, host: &Host) -> Result<(), ApiError> {
+        let Self::Off { config, .. } = self else {
+            return Err(self.cannot("boot"));
+        };
+        host.events.tell(Event::Booting);
+        let machine = Machine::new(config, host).map_err(|error| internal(&error))?;
+        machine.load(config).map_err(|error| internal(&error))?;
+        machine.resume().map_err(|error| internal(&error))?;
+        *self = Self::On {
+            config: config.clone(),
+            machine: Box::new(machine),
+            paused: false,
+        };
+        host.events.tell(Event::Booted);
+        Ok(())
+    }
+
+    pub(super) fn pause(&mut self, events: &EventMonitor) -> Result<(), ApiError> {
+        let Self::On {
+            machine,
+            paused: paused @ false,
+            ..
+        } = self
+        else {
+            return Err(self.cannot("pause"));
+        };
+        events.tell(Event::Pausing);
+        machine.pause().map_err(|error| internal(&error))?;
+        *paused = true;
+        events.tell(Event::Paused);
+        Ok(())
+    }
+
+    pub(super) fn resume(&mut self, events: &EventMonitor) -> Result<(), ApiError> {
+        let Self::On {
+            machine,
+            paused: paused @ true,
+            ..
+        } = self
+        else {
+            return Err(self.cannot("resume"));
+        };
+        events.tell(Event::Resuming);
+        machine.resume().map_err(|error| internal(&error))?;
+        *paused = false;
+        events.tell(Event::Resumed);
+        Ok(())
+    }
+
+    pub(super) fn shutdown(&mut self, events: &EventMonitor) -> Result<(), ApiError> {
+        let Self::On { config, .. } = self else {
+            return Err(self.cannot("switch off"));
+        };
+        *self = Self::Off {
+            config: config.clone(),
+            state: VmState::Shutdown,
+        };
+        events.tell(Event::Shutdown);
+        Ok(())
+    }
+
+    pub(super) fn delete(&mut self, events: &EventMonitor) -> Result<(), ApiError> {
+        if matches!(self, Self::None) {
+            return Err(self.cannot("delete"));
+        }
+        *self = Self::None;
+        events.tell(Event::Deleted);
+        Ok(())
+    }
+
+    /// A VM that runs, for something that needs one.
+    pub(super) fn running(&self, what: &str) -> Result<(&VmConfig, &Machine), ApiError> {
+        match self {
+            Self::On {
+                config,
+                machine,
+                paused: false,
+            } => Ok((config, machine)),
+            Self::None | Self::Off { .. } | Self::On { .. } => Err(self.cannot(what)),
+        }
+    }
+
+    /// A migration left the guest standing still.
+    pub(super) fn stands_still(&mut self) {
+        if let Self::On { paused, .. } = self {
+            *paused = true;
+        }
+    }
+
+    fn state(&self) -> Option<(&VmConfig, VmState)> {
+        match self {
+            Self::None => None,
+            Self::Off { config, state } => Some((config, *state)),
+            Self::On {
+                config,
+                paused: true,
+                ..
+            } => Some((config, VmState::Paused)),
+            Self::On {
+                config,
+                paused: false,
+                ..
+            } => Some((config, VmState::Running)),
+        }
+    }
+
+    pub(super) fn info(&self) -> Result<VmInfo, ApiError> {
+        let (config, state) = self.state().ok_or_else(|| self.cannot("describe"))?;
+        Ok(VmInfo {
+            config: config.clone(),
+            state,
+            memory_actual_size: config.memory.size,
+            devices: self.facts(),
+        })
+    }
+
+    fn facts(&self) -> BTreeMap<String, BTreeMap<String, String>> {
+        let Self::On { machine, .. } = self else {
+            return BTreeMap::new();
+        };
+        machine.devices().facts()
+    }
+
+    pub(super) fn counters(&self) -> Result<Counters, ApiError> {
+        match self {
+            Self::On { machine, .. } => Ok(machine.devices().counters()),
+            Self::None | Self::Off { .. } => Err(self.cannot("count")),
+        }
+    }
+
+    pub(super) fn metrics<'a>(&self, counters: &'a Counters) -> Option<VmSnapshot<'a>> {
+        let (config, state) = self.state()?;
+        Some(VmSnapshot {
+            state,
+            vcpus: config.cpus.boot_vcpus,
+            memory_bytes: config.memory.size,
+            counters,
+        })
+    }
+
+    /// Why the VM cannot do `what` in the state it is in.
+    fn cannot(&self, what: &str) -> ApiError {
+        match self {
+            Self::None => ApiError::not_found(format!(
+                "there is no VM to {what}: create one first (vm.create)"
+            )),
+            Self::Off { state, .. } => ApiError::conflict(format!(
+                "cannot {what} a VM that is {}",
+                if *state == VmState::Created {
+                    "not booted"
+                } else {
+                    "shut down"
+                }
+            )),
+            Self::On { paused, .. } => {
+                let state = if *paused { "paused" } else { "running" };
+                ApiError::conflict(format!("cannot {what} a VM that is {state}"))
+            }
+        }
+    }
+}
