@@ -22,7 +22,10 @@ const FAULTS: [Fault; 5] = [
 fn quiet(plan: Option<Plan>) -> (Leaving, Host, Outcome, Passed) {
     let mut leaving = leaving(&Failures::default());
     let mut host = Host::new(&Failures::default());
-    let (pair, _, passed) = relayed(plan);
+    let (mut pair, _, passed) = relayed(plan);
+    if plan.is_some_and(|plan| plan.fault == Fault::Stall) {
+        pair = impatient(pair);
+    }
     let outcome = migrate(&mut leaving, &mut host, &MigrationParams::default(), pair);
     check(&mut leaving, &host, &outcome);
     (leaving, host, outcome, passed)
@@ -334,11 +337,6 @@ fn a_cancel_ends_a_wait_on_either_side() {
             let mut host = Host::new(&Failures::default());
             let (way, fault) = (Way::ToDestination, Fault::Stall);
             let (pair, cancels, _) = relayed(Some(Plan { way, frame, fault }));
-            let patient = Limits {
-                idle: Duration::from_secs(3),
-                ..LIMITS
-            };
-            let pair = (pair.0.with_limits(patient), pair.1.with_limits(patient));
             let cancel = cancels[side].clone();
             let thread = std::thread::spawn(move || {
                 std::thread::sleep(Duration::from_millis(150));

@@ -92,10 +92,15 @@ fn a_lost_write_would_be_seen() {
 fn a_destination_that_takes_its_time_is_waited_for() {
     let mut leaving = leaving(&Failures::default());
     let mut host = Host::new(&Failures::default());
-    host.delay = LIMITS.idle * 3;
+    host.delay = SHORT.idle * 3;
     // The next device's state does not fit the socket: the source cannot even write meanwhile.
-    host.load_delay = LIMITS.idle * 3;
-    let outcome = migrate(&mut leaving, &mut host, &MigrationParams::default(), pair());
+    host.load_delay = SHORT.idle * 3;
+    let outcome = migrate(
+        &mut leaving,
+        &mut host,
+        &MigrationParams::default(),
+        impatient(pair()),
+    );
     outcome.source.as_ref().unwrap();
     check(&mut leaving, &host, &outcome);
 }

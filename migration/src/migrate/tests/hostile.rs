@@ -71,7 +71,8 @@ fn peer() -> (Peer, Connection) {
         socket: ours,
         sequence: 0,
     };
-    (peer, connection(theirs, "the peer", &cancel))
+    let connection = connection(theirs, "the peer", &cancel);
+    (peer, connection.with_limits(SHORT))
 }
 
 /// Runs a destination against a source that `talk` plays. Gives its error.
@@ -170,12 +171,12 @@ fn oversized_lengths_are_refused_before_the_payload() {
 #[test]
 fn a_silent_or_absent_source_is_noticed() {
     let began = Instant::now();
-    let error = against_destination(|_| std::thread::sleep(LIMITS.idle * 2));
+    let error = against_destination(|_| std::thread::sleep(SHORT.idle * 2));
     expect(
         &error,
         &["the peer", "listening", "no manifest within 600 ms"],
     );
-    let error = against_loading(|_| std::thread::sleep(LIMITS.idle * 2));
+    let error = against_loading(|_| std::thread::sleep(SHORT.idle * 2));
     expect(&error, &["the peer", "prepared", "within 600 ms"]);
     let error = against_loading(|_| {});
     expect(&error, &["the peer closed the connection"]);

@@ -12,12 +12,24 @@ use crate::dirty::GuestDirty;
 use crate::memory::MemoryHandle;
 use crate::migrate::*;
 
-/// Short bounds, so that tests of silence are quick.
+/// Bounds that a loaded machine keeps.
 pub(super) const LIMITS: Limits = Limits {
+    idle: Duration::from_secs(8),
+    answer: Duration::from_secs(20),
+    beat: Duration::from_millis(100),
+};
+
+/// Short bounds, so that tests of silence are quick.
+pub(super) const SHORT: Limits = Limits {
     idle: Duration::from_millis(600),
     answer: Duration::from_secs(5),
     beat: Duration::from_millis(100),
 };
+
+/// The same connections, less patient.
+pub(super) fn impatient((to, from): (Connection, Connection)) -> (Connection, Connection) {
+    (to.with_limits(SHORT), from.with_limits(SHORT))
+}
 
 /// The source VM.
 pub(super) struct Leaving {
