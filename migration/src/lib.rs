@@ -6,6 +6,7 @@
 
 pub mod addr;
 pub mod dirty;
+mod error_chain;
 pub mod iova_bitmap;
 pub mod memory;
 pub mod migrate;
@@ -15,6 +16,7 @@ pub mod state;
 
 pub use addr::{Gpa, Iova, IovaRange, PageSize};
 pub use dirty::{GpaRun, GuestDirty, SourceReport, VmmWriteSource};
+pub use error_chain::ErrorChain;
 pub use iova_bitmap::{BitmapError, IovaBitmap};
 pub use memory::{GuestMemory, MemoryHandle, RamRegion, WriteLog, mark_written};
 pub use snapshot::{SnapshotSink, SnapshotSource};

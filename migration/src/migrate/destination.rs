@@ -15,7 +15,7 @@ use std::time::Instant;
 use vm_memory::{GuestAddressSpace, GuestMemoryLoadGuard};
 
 use super::check;
-use super::error::{MigrationError, chain};
+use super::error::MigrationError;
 use super::frame::Kind;
 use super::link::{Link, LinkError, Wait};
 use super::observer::Observer;
@@ -24,6 +24,7 @@ use super::protocol::{Accept, Commit, Manifest, Ready, Refusal, Refuse, Running}
 use super::status::Status;
 use super::story::Story;
 use super::transport::Connection;
+use crate::error_chain::ErrorChain;
 use crate::memory::{GuestMemory, MemoryHandle};
 use crate::state::{Pause, StateError, StateSink};
 use loading::Loading;
@@ -97,7 +98,7 @@ pub fn run(
         Ok(link) => link,
         Err(cause) => {
             let error = MigrationError::System(cause);
-            let why = chain(&error);
+            let why = ErrorChain(&error).to_string();
             story.destination(DestinationPhase::Aborted { why });
             return Err(error);
         }
@@ -252,7 +253,7 @@ impl Destination<'_> {
             let cause = match parts.vcpus.pause() {
                 Ok(()) => cause,
                 Err(again) => {
-                    tracing::error!(error = chain(&again), "vCPUs could not be stopped again");
+                    tracing::error!(error = %ErrorChain(&again), "vCPUs could not be stopped again");
                     // Without a word the source must take it that the guest runs here.
                     self.link.close();
                     cause
@@ -272,7 +273,7 @@ impl Destination<'_> {
         self.enter(DestinationPhase::Running);
         if let Err(error) = &told {
             tracing::warn!(
-                error = chain(error),
+                error = %ErrorChain(error),
                 "the guest runs here, and the source could not be told: its copy stays paused"
             );
         }
@@ -290,7 +291,7 @@ impl Destination<'_> {
         let mut problems = Vec::new();
         for sink in parts.sinks.iter_mut().take(prepared).rev() {
             if let Err(error) = sink.abort() {
-                problems.push(chain(&error));
+                problems.push(ErrorChain(&error).to_string());
             }
         }
         drop(parts);
@@ -324,7 +325,7 @@ impl Destination<'_> {
         match self.link.send_message(Kind::Refuse, &refuse) {
             Ok(()) => self.link.close(),
             // Too many to fit a frame, perhaps: then in short.
-            Err(error) => self.link.farewell(&chain(&error)),
+            Err(error) => self.link.farewell(&ErrorChain(&error).to_string()),
         }
     }
 }
@@ -350,7 +351,7 @@ fn prepare(
             // Nothing has changed at the source yet: a refusal.
             refused(vec![Refusal::new(
                 sink.id(),
-                chain(&error),
+                ErrorChain(&error).to_string(),
                 "make the device available on the destination",
             )])
         })?;

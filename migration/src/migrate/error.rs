@@ -1,11 +1,10 @@
 //! Why a migration failed.
 
-use std::fmt::Write;
-
 use super::link::LinkError;
 use super::pages::NoSuchMemory;
 use super::protocol::Refusal;
 use crate::dirty::RamLayoutError;
+use crate::error_chain::ErrorChain;
 use crate::source::DirtyError;
 use crate::state::StateError;
 
@@ -158,18 +157,6 @@ impl MigrationError {
 
     /// The whole chain of errors in one line.
     pub fn chain(&self) -> String {
-        chain(self)
+        ErrorChain(self).to_string()
     }
-}
-
-/// An error and its causes in one line. A cause that its error already quotes is not repeated.
-pub(super) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut line = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        // Writing to a string cannot fail.
-        let _ = write!(line, ": {cause}");
-        next = cause.source();
-    }
-    line
 }

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use vm_memory::{GuestAddressSpace, GuestMemoryLoadGuard};
 
 use super::check;
-use super::error::{MigrationError, chain};
+use super::error::MigrationError;
 use super::estimate::{Bandwidth, Pacer};
 use super::frame::{FrameBuffer, Kind};
 use super::link::{Link, Wait};
@@ -32,6 +32,7 @@ use super::story::Story;
 use super::transport::Connection;
 use crate::addr::PageSize;
 use crate::dirty::GuestDirty;
+use crate::error_chain::ErrorChain;
 use crate::memory::{GuestMemory, MemoryHandle, ram_regions};
 use crate::source::DirtySource;
 use crate::state::{Pause, StateSource};
@@ -185,7 +186,7 @@ pub fn run(
         Ok(link) => link,
         Err(cause) => {
             let error = MigrationError::System(cause);
-            let why = chain(&error);
+            let why = ErrorChain(&error).to_string();
             story.source(SourcePhase::Aborted { why });
             return Err(error);
         }
@@ -338,12 +339,12 @@ impl<'a> Source<'a> {
         let mut warnings = Vec::new();
         for device in &mut self.parts.devices {
             if let Err(error) = device.finish() {
-                warnings.push(chain(&error));
+                warnings.push(ErrorChain(&error).to_string());
             }
         }
         for source in &mut self.parts.sources {
             if let Err(error) = source.stop() {
-                warnings.push(chain(&error));
+                warnings.push(ErrorChain(&error).to_string());
             }
         }
         self.enter(SourcePhase::Done);

@@ -1,7 +1,7 @@
 //! Putting the source back as if nothing had happened.
 
 use super::{Begun, MigrationError, Source, SourceParts};
-use crate::migrate::error::chain;
+use crate::error_chain::ErrorChain;
 use crate::migrate::link::LinkError;
 use crate::migrate::phase::SourcePhase;
 
@@ -14,17 +14,20 @@ pub(super) fn put_back(parts: &mut SourceParts, begun: Begun) -> Vec<String> {
     parts.dirty.put_back();
     for device in parts.devices.iter_mut().take(begun.devices).rev() {
         if let Err(error) = device.abort() {
-            problems.push(chain(&error));
+            problems.push(ErrorChain(&error).to_string());
         }
     }
     if begun.vcpus
         && let Err(error) = parts.vcpus.resume()
     {
-        problems.push(format!("the vCPUs could not be resumed: {}", chain(&error)));
+        problems.push(format!(
+            "the vCPUs could not be resumed: {}",
+            ErrorChain(&error)
+        ));
     }
     for source in parts.sources.iter_mut().take(begun.sources).rev() {
         if let Err(error) = source.stop() {
-            problems.push(chain(&error));
+            problems.push(ErrorChain(&error).to_string());
         }
     }
     problems
