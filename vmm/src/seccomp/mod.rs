@@ -118,6 +118,8 @@ impl Filters {
         }
         if mode != SeccompMode::Off {
             prepare_allocator().map_err(SeccompError::Prepare)?;
+            // rustix asks for the auxiliary vector (prctl, or its file in /proc) at first use.
+            rustix::param::page_size();
         }
         let programs = KINDS
             .iter()
