@@ -10,6 +10,7 @@ mod error_chain;
 pub mod iova_bitmap;
 pub mod memory;
 pub mod migrate;
+pub mod saved;
 pub mod snapshot;
 pub mod source;
 pub mod state;

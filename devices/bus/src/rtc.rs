@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use vm_migration::{Pause, SaveRestore, StateError};
+use vm_migration::{SaveRestore, StateError, saved};
 
 use crate::bus::BusDevice;
 
@@ -68,7 +68,6 @@ struct State {
 
 #[derive(Serialize, Deserialize)]
 struct Saved {
-    version: u16,
     index: u8,
     bytes: Vec<u8>,
 }
@@ -179,17 +178,6 @@ impl BusDevice for Rtc {
     }
 }
 
-impl Pause for Rtc {
-    /// The clock does nothing by itself.
-    fn pause(&mut self) -> Result<(), StateError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), StateError> {
-        Ok(())
-    }
-}
-
 impl SaveRestore for Rtc {
     const MAX_STATE_BYTES: usize = 256;
 
@@ -197,34 +185,21 @@ impl SaveRestore for Rtc {
         let saved = {
             let state = self.state.lock();
             Saved {
-                version: STATE_VERSION,
                 index: u8::try_from(state.index).unwrap_or(0),
                 bytes: state.bytes.to_vec(),
             }
         };
-        postcard::to_stdvec(&saved).map_err(|cause| StateError::Failed {
-            id: ID.into(),
-            operation: "save",
-            cause: Box::new(cause),
-        })
+        saved::encode(ID, STATE_VERSION, &saved)
     }
 
     /// Only what a guest can write is taken over; memory sizes are this machine's.
     fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
-        let bad = |reason: String| StateError::BadState {
-            id: ID.into(),
-            reason,
-        };
-        if bytes.len() > Self::MAX_STATE_BYTES {
-            return Err(bad(format!("{} bytes", bytes.len())));
-        }
-        let saved: Saved = postcard::from_bytes(bytes).map_err(|error| bad(error.to_string()))?;
-        if saved.version != STATE_VERSION {
-            let found = saved.version;
-            return Err(bad(format!("version {found}, {STATE_VERSION} is known")));
-        }
+        let saved: Saved = saved::decode(ID, STATE_VERSION, Self::MAX_STATE_BYTES, bytes)?;
         if saved.bytes.len() != SIZE {
-            return Err(bad(format!("{} bytes of memory", saved.bytes.len())));
+            return Err(StateError::BadState {
+                id: ID.into(),
+                reason: format!("{} bytes of memory, {SIZE} are there", saved.bytes.len()),
+            });
         }
         let mut state = self.state.lock();
         state.index = usize::from(saved.index & 0x7f);

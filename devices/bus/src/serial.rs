@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use vm_migration::{Pause, SaveRestore, StateError};
+use vm_migration::{Pause, SaveRestore, StateError, saved};
 use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial as Uart, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -150,7 +150,6 @@ impl BusDevice for Registers {
 /// The port's registers, in a migration.
 #[derive(Serialize, Deserialize)]
 struct State {
-    version: u16,
     registers: [u8; 9],
     input: Vec<u8>,
 }
@@ -185,7 +184,6 @@ impl SaveRestore for Serial {
             in_buffer,
         } = self.port.lock().state();
         let state = State {
-            version: STATE_VERSION,
             registers: [
                 baud_divisor_low,
                 baud_divisor_high,
@@ -199,25 +197,11 @@ impl SaveRestore for Serial {
             ],
             input: in_buffer,
         };
-        postcard::to_stdvec(&state).map_err(|cause| StateError::Failed {
-            id: ID.into(),
-            operation: "save",
-            cause: Box::new(cause),
-        })
+        saved::encode(ID, STATE_VERSION, &state)
     }
 
     fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
-        let bad = |reason: String| StateError::BadState {
-            id: ID.into(),
-            reason,
-        };
-        let state: State = postcard::from_bytes(bytes).map_err(|error| bad(error.to_string()))?;
-        if state.version != STATE_VERSION {
-            return Err(bad(format!(
-                "version {}, {STATE_VERSION} is known",
-                state.version
-            )));
-        }
+        let state: State = saved::decode(ID, STATE_VERSION, Self::MAX_STATE_BYTES, bytes)?;
         let [
             low,
             high,
@@ -243,8 +227,12 @@ impl SaveRestore for Serial {
         };
         let events = Drained(Arc::clone(&self.drained));
         let line = Line(Arc::clone(&self.line));
-        let port = Uart::from_state(&registers, line, events, self.terminal.writer())
-            .map_err(|error| bad(error.to_string()))?;
+        let port = Uart::from_state(&registers, line, events, self.terminal.writer()).map_err(
+            |error| StateError::BadState {
+                id: ID.into(),
+                reason: error.to_string(),
+            },
+        )?;
         *self.port.lock() = port;
         Ok(())
     }
