@@ -82,7 +82,7 @@ impl<T: SaveRestore> StateSource for SnapshotSource<T> {
     /// Before the state is saved, the most it can be.
     fn size(&mut self) -> Result<StateSize, StateError> {
         let left = if self.blob.is_empty() {
-            T::MAX_STATE_BYTES
+            self.part.lock().expected_bytes()
         } else {
             self.blob.len().saturating_sub(self.sent)
         };

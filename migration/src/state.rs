@@ -52,6 +52,9 @@ pub trait Pause: Send {
 pub trait SaveRestore: Send {
     /// Upper bound in bytes of what [`save`](Self::save) gives and [`restore`](Self::restore) takes.
     const MAX_STATE_BYTES: usize;
+    /// About how many bytes [`save`](Self::save) will give, for the estimate of the downtime: too
+    /// high a figure costs rounds of memory, too low a one costs downtime.
+    fn expected_bytes(&self) -> usize;
     /// The state of a paused part.
     fn save(&mut self) -> Result<Vec<u8>, StateError>;
     /// Takes over saved state; the part is paused and stays so.

@@ -181,6 +181,10 @@ impl BusDevice for Rtc {
 impl SaveRestore for Rtc {
     const MAX_STATE_BYTES: usize = 256;
 
+    fn expected_bytes(&self) -> usize {
+        Self::MAX_STATE_BYTES
+    }
+
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
         let saved = {
             let state = self.state.lock();

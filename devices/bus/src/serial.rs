@@ -170,6 +170,10 @@ impl Pause for Serial {
 impl SaveRestore for Serial {
     const MAX_STATE_BYTES: usize = 256;
 
+    fn expected_bytes(&self) -> usize {
+        Self::MAX_STATE_BYTES
+    }
+
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
         let SerialState {
             baud_divisor_low,

@@ -28,6 +28,10 @@ impl Pause for Part {
 impl SaveRestore for Part {
     const MAX_STATE_BYTES: usize = 100;
 
+    fn expected_bytes(&self) -> usize {
+        60
+    }
+
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
         Ok(self.state.clone())
     }
@@ -57,7 +61,7 @@ fn the_whole_state_goes_over() {
     let mut sink = SnapshotSink::new("part", to.clone());
     sink.prepare().unwrap();
     source.start_precopy().unwrap();
-    assert_eq!(left(&mut source), 100);
+    assert_eq!(left(&mut source), 60);
     let mut buffer = [0; 3];
     assert_eq!(
         source.read_precopy(&mut buffer).unwrap(),

@@ -46,6 +46,12 @@ impl SaveRestore for CpuState {
     // A constant of small numbers.
     const MAX_STATE_BYTES: usize = VcpuState::MAX_BYTES * MAX_VCPUS as usize;
 
+    fn expected_bytes(&self) -> usize {
+        /// XSAVE area, local APIC, CPUID and a few hundred MSRs.
+        const PER_CPU: usize = 16 << 10;
+        PER_CPU * self.0.cpus().len()
+    }
+
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
         let mut cpus = Vec::new();
         for cpu in self.0.cpus() {
@@ -106,6 +112,12 @@ pub struct VmChips(pub Arc<dyn Vm>);
 impl SaveRestore for VmChips {
     const MAX_STATE_BYTES: usize = VmState::MAX_BYTES;
 
+    fn expected_bytes(&self) -> usize {
+        /// Three chips of 512 bytes, the timer and the clock.
+        const ABOUT: usize = 2048;
+        ABOUT
+    }
+
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
         let state = self
             .0
@@ -130,6 +142,12 @@ pub struct BusState(pub Arc<PciBus>);
 impl SaveRestore for BusState {
     // 32 names and a host bridge.
     const MAX_STATE_BYTES: usize = 64 << 10;
+
+    fn expected_bytes(&self) -> usize {
+        /// The bridge's registers, and the names of the devices.
+        const ABOUT: usize = 1024;
+        ABOUT
+    }
 
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
         postcard::to_stdvec(&self.0.save()).map_err(|cause| failed(PCI_ID, "save", cause))

@@ -132,6 +132,14 @@ impl SaveRestore for VirtioPciDevice {
     /// Configuration space, 256 vectors, 255 queues and 64 KiB for the device fit with room.
     const MAX_STATE_BYTES: usize = 128 << 10;
 
+    fn expected_bytes(&self) -> usize {
+        /// Configuration space and the device's own state.
+        const FIXED: usize = 2048;
+        /// A queue's registers and position, and its vector.
+        const PER_QUEUE: usize = 128;
+        FIXED + PER_QUEUE * self.kicks.len()
+    }
+
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
         self.require_paused("save")?;
         let device = self
