@@ -3,6 +3,9 @@
 //! Each DMA mapping of the client becomes a region of guest memory with its own always-on log
 //! ([`vm_migration::WriteLog`]); IOVA is GPA. DMA logging therefore needs nothing of its own:
 //! to start it is to forget what was logged so far, to report is to drain.
+//!
+//! A file that is too short is refused when it is mapped. A client that truncates one later kills
+//! this process (SIGBUS), and with it no more than its own card.
 
 use std::sync::Arc;
 

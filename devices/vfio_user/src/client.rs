@@ -57,7 +57,7 @@ pub trait DmaHandler: Send + Sync {
 /// What runs on the connection's thread.
 pub type ThreadBody = Box<dyn FnOnce() + Send>;
 /// Starts a thread of the given name.
-pub type SpawnThread = Box<dyn FnOnce(&str, ThreadBody) -> io::Result<JoinHandle<()>>>;
+pub type SpawnThread = Box<dyn FnOnce(&str, ThreadBody) -> io::Result<JoinHandle<()>> + Send>;
 /// Told once, on the connection's thread, when the server is gone.
 pub type GoneHandler = Box<dyn FnOnce(&ClientError) + Send>;
 
@@ -110,9 +110,9 @@ impl Client {
     /// # Errors
     /// [`ClientError::Connect`], [`ClientError::Version`], [`ClientError::ServerGone`].
     pub fn connect(socket: &Path, config: ClientConfig) -> Result<Self, ClientError> {
-        let stream = UnixStream::connect(socket).map_err(|source| ClientError::Connect {
+        let stream = connect(socket, config.timeout).map_err(|errno| ClientError::Connect {
             socket: socket.to_owned(),
-            source,
+            source: errno.into(),
         })?;
         Self::from_stream(stream, socket, config)
     }
@@ -162,6 +162,14 @@ impl Client {
         let expect = self.expect(4 + MAX_VERSION_DATA);
         let server = self.call(Command::Version, outgoing, expect, |reply, _| {
             Ok(version::accept(reply))
+        });
+        let server = server.map_err(|error| match error {
+            ClientError::ServerGone { socket, cause }
+                if matches!(*cause, LinkFault::NoReply { .. }) =>
+            {
+                ClientError::Busy { socket }
+            }
+            other => other,
         })?;
         self.server = server.map_err(|source| ClientError::Version {
             socket: self.socket.clone(),
@@ -524,6 +532,16 @@ impl Drop for Client {
             tracing::error!("the vfio-user connection's thread panicked");
         }
     }
+}
+
+/// Connects within `timeout`: a plain `connect` waits for as long as the server's backlog is full.
+fn connect(socket: &Path, timeout: Duration) -> Result<UnixStream, Errno> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+    let kind = SocketType::STREAM;
+    let stream = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_timeout(&stream, sockopt::Timeout::Send, Some(timeout))?;
+    rustix::net::connect(&stream, &SocketAddrUnix::new(socket)?)?;
+    Ok(stream.into())
 }
 
 fn fixed(message: &(impl IntoBytes + zerocopy::Immutable)) -> Outgoing<'_> {

@@ -22,6 +22,15 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
+    /// The server is there but does not greet.
+    #[error(
+        "the vfio-user server at {socket} does not answer: it hangs or serves another client; \
+         start a server for each VM"
+    )]
+    Busy {
+        /// The socket.
+        socket: PathBuf,
+    },
     /// The server died, hung, or broke the protocol; the connection is over.
     #[error("the vfio-user server at {socket} is gone")]
     ServerGone {

@@ -215,6 +215,46 @@ fn a_server_of_another_version_is_named() {
 }
 
 #[test]
+fn a_server_with_another_client_is_told_from_a_dead_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("device.sock");
+    let server = Server::bind(&path).unwrap();
+    let stopper = server.stopper();
+    let thread = std::thread::spawn(move || server.run(&mut FakeDevice::new()));
+    let first = Client::connect(&path, ClientConfig::default()).unwrap();
+    let start = Instant::now();
+    let error = Client::connect(&path, quick()).err().unwrap();
+    assert!(matches!(error, ClientError::Busy { .. }), "{error:?}");
+    assert!(start.elapsed() < LIMIT);
+    first.info().unwrap();
+    stopper.stop().unwrap();
+    thread.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_full_backlog_does_not_hold_a_client_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("device.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    rustix::net::listen(&listener, 1).unwrap();
+    let start = Instant::now();
+    // Nobody accepts: the first ones take the places there are.
+    let waiting: Vec<_> = (0..6)
+        .map(|_| {
+            let path = path.clone();
+            std::thread::spawn(move || Client::connect(&path, quick()).err().unwrap())
+        })
+        .collect();
+    let errors: Vec<_> = waiting
+        .into_iter()
+        .map(|thread| thread.join().unwrap())
+        .collect();
+    assert!(start.elapsed() < LIMIT);
+    let full = |error: &ClientError| matches!(error, ClientError::Connect { .. });
+    assert!(errors.iter().any(full), "{errors:?}");
+}
+
+#[test]
 fn nobody_listening_is_named() {
     let error = Client::connect(Path::new("/nonexistent/x.sock"), quick())
         .err()
