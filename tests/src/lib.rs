@@ -3,11 +3,24 @@
 //!
 //! The tests themselves are in `tests/`; each starts real `ferry` processes with a real guest on
 //! a real `/dev/kvm`. One that cannot run on a host prints `SKIP: <test>: <reason>` and ends.
+//!
+//! # Where things are
+//! * [`host`]: what a test needs of its host, and taking turns on it.
+//! * [`process`], [`api`], [`ferry`]: processes and their REST APIs; [`poller`] asks one all the
+//!   time.
+//! * [`guest`], [`guest_output`], [`vm`]: the native guest's image, what it says, and a VM with it.
+//! * [`migration`]: moving such a VM and what it cost.
+//! * [`netns`], [`network`], [`traffic`]: namespaces, bridges and taps, and packets through them.
 
 pub mod api;
 pub mod ferry;
 pub mod guest;
 pub mod guest_output;
+pub mod host;
+pub mod migration;
 pub mod netns;
+pub mod network;
+pub mod poller;
 pub mod process;
 pub mod traffic;
+pub mod vm;

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -34,6 +34,36 @@ impl Process {
             name: name.to_owned(),
             log: log.to_owned(),
         })
+    }
+
+    /// Starts `command`, with stderr in `log`, stdout at the end of `console`, and its stdin to
+    /// write to.
+    ///
+    /// # Errors
+    /// When a file cannot be made or the program cannot be started.
+    pub fn start_with_console(
+        name: &str,
+        mut command: Command,
+        log: &Path,
+        console: &Path,
+    ) -> Result<(Self, ChildStdin)> {
+        let open = |path: &Path| {
+            let file = File::create(path);
+            file.with_context(|| format!("cannot make {}", path.display()))
+        };
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(open(console)?)
+            .stderr(open(log)?)
+            .spawn()
+            .with_context(|| format!("cannot start {name}: {command:?}"))?;
+        let stdin = child.stdin.take().context("no stdin")?;
+        let process = Self {
+            child,
+            name: name.to_owned(),
+            log: log.to_owned(),
+        };
+        Ok((process, stdin))
     }
 
     /// Process id.
