@@ -103,13 +103,8 @@ impl Control {
             tracing::info!("asked to end by a signal");
             return Ok(true);
         }
-        while let Some(result) = self.sent.1.take() {
-            if self.was_sent(result) {
-                return Ok(true);
-            }
-        }
-        while let Some(result) = self.received.1.take() {
-            self.was_received(result);
+        if self.take_results() {
+            return Ok(true);
         }
         while let Some(reason) = self.exits.take() {
             if self.guest_wants(reason) {
@@ -117,7 +112,7 @@ impl Control {
             }
         }
         while let Some((request, responder)) = self.inbox.take() {
-            let ends = matches!(request, ApiRequest::VmmShutdown);
+            let ends = matches!(request, ApiRequest::VmmShutdown) | self.settle_migration();
             let answer = self.answer(request);
             responder.respond(answer);
             if ends {
@@ -254,6 +249,36 @@ impl Control {
                 Err(ApiError::conflict("there is no migration to cancel"))
             }
         }
+    }
+
+    /// Takes note of migrations that have ended; says whether the process shall end.
+    fn take_results(&mut self) -> bool {
+        let mut ends = false;
+        while let Some(result) = self.sent.1.take() {
+            ends |= self.was_sent(result);
+        }
+        while let Some(result) = self.received.1.take() {
+            self.was_received(result);
+        }
+        ends
+    }
+
+    /// Who has seen the last phase of a migration (in `vm.migration`, in an event) may ask for the
+    /// VM at once, and shall find it where that says. So if the thread has entered its last phase,
+    /// its result is waited for, which is on its way: a thread has at most to close its
+    /// connection, which takes no more than a second even if the peer hangs. Says whether the
+    /// process shall end.
+    fn settle_migration(&mut self) -> bool {
+        let over = match &self.migration {
+            Migration::Sending(sending) => sending.status().is_over(),
+            Migration::Receiving(receiving) => receiving.status().is_over(),
+            Migration::None | Migration::Over(_) => false,
+        };
+        if !over {
+            return false;
+        }
+        self.migration_over();
+        self.take_results()
     }
 
     /// The guest has left, or stays; says whether the process shall end.

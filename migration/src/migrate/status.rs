@@ -96,6 +96,17 @@ pub struct MigrationStatus {
     pub aborted: Option<String>,
 }
 
+impl MigrationStatus {
+    /// Whether it has come to its end, good or bad.
+    pub fn is_over(&self) -> bool {
+        matches!(
+            self.side,
+            Side::Source(SourcePhase::Done | SourcePhase::Aborted { .. })
+                | Side::Destination(DestinationPhase::Running | DestinationPhase::Aborted { .. })
+        )
+    }
+}
+
 #[derive(Debug)]
 struct Inner {
     now: MigrationStatus,
@@ -167,17 +178,12 @@ impl Status {
             | Side::Destination(DestinationPhase::Aborted { why }) => Some(why.clone()),
             _ => None,
         };
-        let last = aborted.is_some()
-            || matches!(
-                side,
-                Side::Source(SourcePhase::Done) | Side::Destination(DestinationPhase::Running)
-            );
-        if last {
+        inner.now.aborted = aborted;
+        inner.now.side = side;
+        if inner.now.is_over() {
             inner.now.elapsed_ms = elapsed_ms(inner.since);
             inner.over = true;
         }
-        inner.now.aborted = aborted;
-        inner.now.side = side;
     }
 }
 
