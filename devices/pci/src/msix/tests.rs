@@ -192,3 +192,13 @@ proptest! {
         prop_assert_eq!(past[0], 0xff);
     }
 }
+
+#[test]
+fn a_function_has_between_one_and_2048_vectors() {
+    let lines = |count| vec![Line::new() as Arc<dyn MsiLine>; count];
+    for count in [0, 2049] {
+        let error = Msix::new(lines(count)).err().unwrap().to_string();
+        assert!(error.contains("1 to 2048"), "{error}");
+    }
+    assert_eq!(Msix::new(lines(2048)).unwrap().vectors(), 2048);
+}
