@@ -74,7 +74,7 @@ pub struct DeviceIdentity {
 }
 
 /// A part of a BAR that may be mapped into the guest: accesses then cause no exit.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct MappableArea {
     /// BAR index.
     pub bar: u8,

@@ -110,6 +110,7 @@ impl Devices {
         let mut users = Vec::new();
         for user in &config.user_devices {
             let function = user_device(user, host, board)?;
+            root.add_areas(&function.id, function.device.mappable_areas());
             root.add(Arc::new(Mutex::new(function.device.clone())))?;
             users.push(function);
         }

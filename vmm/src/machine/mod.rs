@@ -1,5 +1,6 @@
 //! A built VM: memory, vCPUs, buses and devices, wired together.
 
+mod areas;
 mod devices;
 mod error;
 mod parts;
@@ -19,6 +20,7 @@ use crate::config::VmConfig;
 use crate::interrupts::InterruptManager;
 use crate::memory::Ram;
 use crate::notice::ExitSender;
+use crate::notice::describe;
 use crate::vcpu::{Surroundings, Vcpus};
 
 pub use devices::{Devices, UserFunction, VirtioFunction};
@@ -150,13 +152,23 @@ impl Machine {
         self.vcpus.resume().map_err(MachineError::Vcpu)
     }
 
-    /// Stops vCPUs, then devices; on return guest memory is still.
+    /// Stops vCPUs, then devices; on return guest memory is still. One that fails leaves the VM
+    /// running.
     ///
     /// # Errors
     /// When a vCPU has ended or a device cannot stop.
     pub fn pause(&self) -> Result<(), MachineError> {
-        self.vcpus.pause().map_err(MachineError::Vcpu)?;
-        self.devices.pause()
+        let paused = self
+            .vcpus
+            .pause()
+            .map_err(MachineError::Vcpu)
+            .and_then(|()| self.devices.pause());
+        if paused.is_err()
+            && let Err(error) = self.resume()
+        {
+            tracing::error!(error = describe(&error), "after a failed pause");
+        }
+        paused
     }
 
     /// The vCPUs.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use hypervisor::{IoAddress, Vm};
+use passthrough::MappableArea;
 use pci::{
     BusBarMapper, ConfigPorts, Doorbell, DoorbellBinder, DoorbellSpace, EcamWindow, PciBus,
     SharedDevice,
@@ -10,6 +11,7 @@ use pci::{
 use vm_allocator::{AddressAllocator, AllocPolicy};
 use vm_memory::GuestAddress;
 
+use super::areas::AreaMapper;
 use super::devices::{Board, place};
 use super::error::MachineError;
 use crate::layout;
@@ -57,6 +59,7 @@ impl DoorbellBinder for KernelDoorbells {
 /// The bus, with the room that is left in its memory window.
 pub(super) struct PciRoot {
     bus: Arc<PciBus>,
+    mapper: Arc<AreaMapper>,
     room: AddressAllocator,
 }
 
@@ -71,7 +74,8 @@ impl PciRoot {
             Vec::new(),
             Arc::new(KernelDoorbells(Arc::clone(board.vm))),
         );
-        let bus = PciBus::new(Arc::new(mapper));
+        let mapper = Arc::new(AreaMapper::new(mapper, Arc::clone(board.vm)));
+        let bus = PciBus::new(mapper.clone());
         let ecam = Arc::new(EcamWindow::new(Arc::clone(&bus)));
         place(
             board.mmio,
@@ -90,7 +94,7 @@ impl PciRoot {
         )?;
         let room = AddressAllocator::new(layout::PCI_MMIO_START, layout::PCI_MMIO_SIZE)
             .map_err(|error| MachineError::device("the PCI root")(error.to_string()))?;
-        Ok(Self { bus, room })
+        Ok(Self { bus, mapper, room })
     }
 
     /// Puts a device on the bus and gives its BARs addresses.
@@ -111,6 +115,11 @@ impl PciRoot {
         let id = device.lock().id().to_owned();
         self.bus.add(device).map_err(MachineError::device(&id))?;
         Ok(())
+    }
+
+    /// Lets the guest reach these areas of device `id` without exits.
+    pub(super) fn add_areas(&self, id: &str, areas: &[MappableArea]) {
+        self.mapper.add(id, areas);
     }
 
     /// The bus.
