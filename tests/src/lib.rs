@@ -13,6 +13,8 @@
 //! * [`netns`], [`network`], [`traffic`]: namespaces, bridges and taps, and packets through them.
 
 pub mod api;
+pub mod console;
+pub mod demo;
 pub mod ferry;
 pub mod guest;
 pub mod guest_output;
@@ -24,3 +26,4 @@ pub mod poller;
 pub mod process;
 pub mod traffic;
 pub mod vm;
+pub mod vmm_process;
