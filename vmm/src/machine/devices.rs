@@ -15,6 +15,7 @@ use net_util::tap::{Tap, TapName};
 use parking_lot::Mutex;
 use passthrough::{Passthrough, VfioUserBackend};
 use pci::PciBus;
+use virtio_devices::net::features::HASH_REPORT;
 use virtio_devices::net::{Net, NetBackend, NetCounters, NetOptions, NetTotals};
 use virtio_devices::{Console, Rng, VirtioDevice, VirtioPciDevice, VirtioPciParts};
 use vm_migration::Pause;
@@ -29,6 +30,9 @@ use crate::layout;
 use crate::memory::Ram;
 use crate::notice::{ExitReason, describe};
 use crate::power::PowerButton;
+
+/// The kind of a network card.
+const NET: &str = "virtio-net";
 
 /// What devices are plugged into.
 pub(super) struct Board<'a> {
@@ -102,7 +106,7 @@ impl Devices {
         )?);
         for net in &config.net {
             let (device, counters) = network(net)?;
-            virtio.push(function("virtio-net", device, Some(counters), host, board)?);
+            virtio.push(function(NET, device, Some(counters), host, board)?);
         }
         for function in &virtio {
             root.add(function.device.clone())?;
@@ -187,6 +191,14 @@ impl Devices {
                 serial::ID.to_owned(),
                 BTreeMap::from([("pty".to_owned(), path)]),
             );
+        }
+        let hashing = |function: &&VirtioFunction| {
+            function.kind == NET && function.device.lock().offered_features() & HASH_REPORT != 0
+        };
+        for function in self.virtio.iter().filter(hashing) {
+            // The tap leaves the hash empty, the device's own thread fills it in.
+            let backend = ("hash_backend".to_owned(), "software".to_owned());
+            all.insert(function.id.clone(), BTreeMap::from([backend]));
         }
         for user in &self.users {
             let facts = BTreeMap::from([
