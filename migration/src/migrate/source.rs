@@ -331,6 +331,8 @@ impl<'a> Source<'a> {
                 })?;
         }
         self.parts.dirty.mark_all();
+        let all = self.parts.dirty.dirty_pages();
+        self.story.update(|now| now.remaining_pages = all);
         Ok(())
     }
 

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use e2e::demo::report::Full;
 use e2e::demo::{
     Guest, LinuxFiles, Options, Outcome, Progress, Transport, can_run_linux, run_in_lab, run_linux,
     run_native,
@@ -18,6 +19,9 @@ struct Cli {
     /// Print one JSON object instead of a report.
     #[arg(long)]
     json: bool,
+    /// Print one JSON object with everything in it, for a demo that runs this one in the lab.
+    #[arg(long, hide = true)]
+    full_json: bool,
     /// Which guest to show.
     #[arg(long, value_enum, default_value = "auto")]
     guest: Guest,
@@ -120,7 +124,9 @@ fn run(cli: &Cli) -> Result<Outcome> {
 /// Prints it; whether all is well.
 fn show(cli: &Cli, outcome: &Outcome) -> Result<bool> {
     let problems = outcome.all_problems();
-    if cli.json {
+    if cli.full_json {
+        println!("{}", serde_json::to_string(&Full::from(outcome.clone()))?);
+    } else if cli.json {
         println!("{}", serde_json::to_string(outcome)?);
     } else {
         print!("\n{outcome}");

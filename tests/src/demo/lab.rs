@@ -7,12 +7,15 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use super::report::Full;
 use super::{LinuxFiles, Outcome};
 
 /// The emulated host's memory in MiB: two guests, and what runs them.
 const HOST_MIB: &str = "1536";
 /// Everything there is emulated: minutes, where a machine takes seconds.
 const LIMIT_S: &str = "900";
+/// The emulated host's kernel loads no module by itself.
+const LOAD_AND_RUN: &str = "modprobe -a tun bridge && exec \"$@\"";
 /// What the guest there can do: an emulated CPU writes little.
 const GUEST: [&str; 10] = [
     "--memory",
@@ -40,8 +43,9 @@ pub fn run(lab: &Path, files: &LinuxFiles) -> Result<Outcome> {
     let own = std::env::current_exe().context("cannot tell this program's path")?;
     let mut child = Command::new(lab)
         .args(["run", "--memory", HOST_MIB, "--timeout", LIMIT_S, "--"])
+        .args(["sh", "-c", LOAD_AND_RUN, "sh"])
         .arg(own)
-        .args(["--guest", "linux", "--json"])
+        .args(["--guest", "linux", "--full-json"])
         .args(GUEST)
         .arg("--linux-kernel")
         .arg(&files.kernel)
@@ -58,8 +62,8 @@ pub fn run(lab: &Path, files: &LinuxFiles) -> Result<Outcome> {
     for line in BufReader::new(output).lines() {
         let line = line?;
         // Output and errors of the lab's command come as one stream.
-        match serde_json::from_str::<Outcome>(&line) {
-            Ok(found) => outcome = Some(found),
+        match serde_json::from_str::<Full>(&line) {
+            Ok(found) => outcome = Some(Outcome::from(found)),
             Err(_) => eprintln!("    lab: {}", line.trim_end()),
         }
     }

@@ -41,7 +41,10 @@ impl Link {
     pub(super) fn new(index: u8) -> Result<Self> {
         let link = Self { index };
         let bridge = link.bridge();
-        ip(&["link", "add", &bridge, "type", "bridge"])?;
+        // An address of its own: one borrowed from a port would change with the ports, and the
+        // kernel forgets all neighbours of an interface whose address changes.
+        let own = format!("52:54:00:fe:01:{index:02x}");
+        ip(&["link", "add", &bridge, "address", &own, "type", "bridge"])?;
         ip(&[
             "addr",
             "add",
@@ -120,7 +123,8 @@ fn move_links(links: &[Link]) -> Result<()> {
             link.tap(End::Source),
             link.tap(End::Destination),
         );
-        orders += &format!("link set {from} nomaster\nlink set {to} master {bridge}\n");
+        // In this order, so that the bridge always has a carrier.
+        orders += &format!("link set {to} master {bridge}\nlink set {from} nomaster\n");
     }
     let mut child = Command::new("ip")
         .args(["-batch", "-"])

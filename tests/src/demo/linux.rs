@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use vm_migration::migrate::MigrationStatus;
 
 use super::link::{Link, LinkMover};
 use super::linux_words::Words;
@@ -135,7 +136,7 @@ pub fn run(
     stage.destination.console.say(b"stop\n")?;
     stage.hear("end")?;
     let backend = hash_backend(&stage.destination)?;
-    stage.outcome(options, MigrationOutcome::new(&status), &sent, backend)
+    stage.outcome(options, &status, &sent, backend)
 }
 
 impl Stage {
@@ -206,7 +207,7 @@ impl Stage {
         dir: &Path,
         options: &Options,
         progress: &mut Progress,
-    ) -> Result<vm_migration::migrate::MigrationStatus> {
+    ) -> Result<MigrationStatus> {
         let url = options.transport.url(dir);
         let receive = receive_body(&url, dir, self.links);
         self.destination
@@ -230,7 +231,7 @@ impl Stage {
     fn outcome(
         &self,
         options: &Options,
-        migration: MigrationOutcome,
+        status: &MigrationStatus,
         sent: &[(&'static str, Value)],
         backend: String,
     ) -> Result<Outcome> {
@@ -241,6 +242,7 @@ impl Stage {
             problems.push("the guest's own counters are wrong".to_owned());
         }
         let mut nic = NicOutcome::default();
+        let downtime_ms = status.downtime.map_or(0, |downtime| downtime.total) / 1000;
         for (name, sender) in sent {
             let guest = self.words.object(name)?;
             let (note, problem) = if name.starts_with("tcp") {
@@ -248,14 +250,14 @@ impl Stage {
             } else {
                 nic.sent += number(sender, "sent");
                 nic.received += number(&guest, "received");
-                judge_udp(name, sender, &guest, options, &migration)
+                judge_udp(name, sender, &guest, options, downtime_ms)
             };
             notes.push(note);
             problems.extend(problem);
         }
         nic.lost = nic.sent.saturating_sub(nic.received);
         let hash: HashOutcome = self.words.hashes(backend)?;
-        let gap = u32::try_from(number(&dirty, "longest_gap_ms")).unwrap_or(u32::MAX);
+        let gap = u32::try_from(self.longest_standstill()?).unwrap_or(u32::MAX);
         Ok(Outcome {
             guest: GuestOutcome {
                 kind: self.kind(),
@@ -265,13 +267,23 @@ impl Stage {
                 pages_corrupt: number(&dirty, "corrupt"),
                 max_gap_ms: f64::from(gap),
             },
-            migration,
+            migration: MigrationOutcome::new(status),
             hash,
             nic,
             lab: None,
             problems,
             notes,
         })
+    }
+
+    /// The longest the guest can have stood still, in ms: all its programs do when it does, so
+    /// no longer than the one that was held up least.
+    fn longest_standstill(&self) -> Result<u64> {
+        let mut least = u64::MAX;
+        for name in ["dirty", "udp0", "udp1"] {
+            least = least.min(number(&self.words.object(name)?, "longest_gap_ms"));
+        }
+        Ok(least)
     }
 
     fn kind(&self) -> String {
@@ -346,19 +358,12 @@ fn judge_udp(
     sender: &Value,
     guest: &Value,
     options: &Options,
-    migration: &MigrationOutcome,
+    downtime_ms: u64,
 ) -> (String, Option<String>) {
     let (sent, received) = (number(sender, "sent"), number(guest, "received"));
     let silence = number(guest, "longest_gap_ms");
     // The guest's clock may have stood still with the guest, so the VMM's count is added.
-    let downtime: u64 = migration
-        .downtime_ms
-        .to_string()
-        .split('.')
-        .next()
-        .and_then(|ms| ms.parse().ok())
-        .unwrap_or(0);
-    let explained = explained_loss(options.packets_per_second, silence + downtime + SLACK_MS);
+    let explained = explained_loss(options.packets_per_second, silence + downtime_ms + SLACK_MS);
     let lost = sent.saturating_sub(received);
     let nic = nic_of(name);
     let note = format!("{nic}: {received} of {sent} packets arrived, longest silence {silence} ms");

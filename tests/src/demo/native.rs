@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
+use vm_migration::migrate::MigrationStatus;
 
 use super::link::{End, Link, LinkMover};
 use super::report::{
@@ -160,7 +161,7 @@ impl Stage {
         dir: &Path,
         options: &Options,
         progress: &mut Progress,
-    ) -> Result<vm_migration::migrate::MigrationStatus> {
+    ) -> Result<MigrationStatus> {
         let url = options.transport.url(dir);
         let receive = receive_body(&url, dir, self.links);
         self.destination

@@ -9,7 +9,7 @@ use vm_migration::migrate::{MigrationStatus, Side, SourcePhase};
 use super::report::bytes;
 
 /// How often a line is printed where there is no terminal.
-const LINE_EVERY: Duration = Duration::from_millis(500);
+const LINE_EVERY: Duration = Duration::from_secs(2);
 /// Bytes of a page, as the status counts pages.
 const PAGE: u64 = 4096;
 

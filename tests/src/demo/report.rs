@@ -66,6 +66,37 @@ pub struct NicOutcome {
     pub lost: u64,
 }
 
+/// An outcome with what people are told besides, for a demo that runs in another.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Full {
+    /// The outcome.
+    pub outcome: Outcome,
+    /// [`Outcome::problems`].
+    pub problems: Vec<String>,
+    /// [`Outcome::notes`].
+    pub notes: Vec<String>,
+}
+
+impl From<Outcome> for Full {
+    fn from(outcome: Outcome) -> Self {
+        Self {
+            problems: outcome.problems.clone(),
+            notes: outcome.notes.clone(),
+            outcome,
+        }
+    }
+}
+
+impl From<Full> for Outcome {
+    fn from(full: Full) -> Self {
+        Self {
+            problems: full.problems,
+            notes: full.notes,
+            ..full.outcome
+        }
+    }
+}
+
 /// Everything.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
