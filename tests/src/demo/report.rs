@@ -350,10 +350,10 @@ mod tests {
     fn each_kind_of_damage_is_a_problem() {
         for damage in [
             |outcome: &mut Outcome| outcome.guest.pages_corrupt = 1,
-            |outcome| outcome.guest.pages_verified = 0,
-            |outcome| outcome.hash.mismatched = 1,
-            |outcome| outcome.hash.matched = 0,
-            |outcome| outcome.problems.push("x".to_owned()),
+            |outcome: &mut Outcome| outcome.guest.pages_verified = 0,
+            |outcome: &mut Outcome| outcome.hash.mismatched = 1,
+            |outcome: &mut Outcome| outcome.hash.matched = 0,
+            |outcome: &mut Outcome| outcome.problems.push("x".to_owned()),
         ] {
             let mut outcome = sample();
             damage(&mut outcome);
