@@ -9,6 +9,7 @@ use std::io;
 
 use event_monitor::Event;
 use rustix::event::{PollFd, PollFlags, poll};
+use vm_migration::ErrorChain;
 use vm_migration::migrate::{MigrationStatus, Report};
 
 use crate::api::{
@@ -19,7 +20,7 @@ use crate::config::VmConfig;
 use crate::machine::Host;
 use crate::metrics;
 use crate::migrate::{Arrived, MigrateError, Receiving, Sending, Tools};
-use crate::notice::{self, ExitReason, NoticeInbox, NoticeSender, describe};
+use crate::notice::{self, ExitReason, NoticeInbox, NoticeSender};
 use crate::signals::Signals;
 use guest::Guest;
 
@@ -298,7 +299,7 @@ impl Control {
                 false
             }
             Err(error) => {
-                tracing::error!(error = describe(&error), "the guest could not be migrated");
+                tracing::error!(error = %ErrorChain(&error), "the guest could not be migrated");
                 if error.guest_is_paused() {
                     self.guest.stands_still();
                     return false;
@@ -316,7 +317,7 @@ impl Control {
                 self.guest = Guest::arrived(*arrived);
             }
             Err(error) => {
-                tracing::error!(error = describe(&error), "no guest has arrived");
+                tracing::error!(error = %ErrorChain(&error), "no guest has arrived");
             }
         }
     }

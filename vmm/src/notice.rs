@@ -108,14 +108,3 @@ impl<T> AsFd for NoticeInbox<T> {
         unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) }
     }
 }
-
-/// An error with all its causes, on one line.
-pub(crate) fn describe(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}

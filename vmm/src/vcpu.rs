@@ -8,8 +8,9 @@ use devices::bus::Bus;
 use devices::thread::{ThreadKind, ThreadSpawner};
 use hypervisor::{Error as HypervisorError, Vcpu, VcpuExit, VcpuKicker};
 use parking_lot::{Condvar, Mutex};
+use vm_migration::ErrorChain;
 
-use crate::notice::{ExitReason, ExitSender, describe};
+use crate::notice::{ExitReason, ExitSender};
 
 /// Why the vCPUs could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -214,7 +215,7 @@ impl Shared {
     fn serve_until_end(&self, id: usize, cpu: &Mutex<Box<dyn Vcpu>>) -> Option<ExitReason> {
         let attached = cpu.lock().kicker().attach();
         if let Err(error) = &attached {
-            return Some(ExitReason::Failed(describe(error)));
+            return Some(ExitReason::Failed(ErrorChain(error).to_string()));
         }
         loop {
             let mut gate = self.gate.lock();
@@ -229,7 +230,7 @@ impl Shared {
             match self.stay_in_guest(&mut **cpu.lock()) {
                 Ok(Leave::Asked) => self.note(&mut self.gate.lock(), id, Doing::Standing),
                 Ok(Leave::Done(reason)) => return Some(reason),
-                Err(error) => return Some(ExitReason::Failed(describe(&error))),
+                Err(error) => return Some(ExitReason::Failed(ErrorChain(&error).to_string())),
             }
         }
     }

@@ -14,7 +14,7 @@ use vfio_user::{
 };
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vm_migration::memory::MemoryHandle;
-use vm_migration::{IovaRange, PageSize, RamRegion};
+use vm_migration::{ErrorChain, IovaRange, PageSize, RamRegion};
 
 use crate::backend::{Backend, BackendError};
 
@@ -60,24 +60,12 @@ pub fn client_config(
     ClientConfig {
         dma: Some(Arc::new(GuestDma(memory))),
         on_gone: Some(Box::new(move |error| {
-            let chain = io::Error::other(chained(error));
+            let chain = io::Error::other(ErrorChain(error).to_string());
             on_gone(&BackendError::Gone(Box::new(chain)));
         })),
         spawn: Box::new(move |name, body| spawner.spawn(ThreadKind::VfioUser, name, body)),
         ..ClientConfig::default()
     }
-}
-
-/// An error and its causes on one line, for a callback that cannot own them.
-fn chained(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 /// Guest memory for a server that has no file for it.

@@ -10,6 +10,7 @@ use passthrough::MappableArea;
 use pci::{BarInfo, BarMapper, BusBarMapper, MapError, SharedDevice};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{FileOffset, GuestAddress, MmapRegion};
+use vm_migration::ErrorChain;
 
 /// Why an area stays behind exits. It then works all the same, slowly.
 #[derive(Debug, thiserror::Error)]
@@ -92,11 +93,10 @@ impl BarMapper for AreaMapper {
             match self.map_area(bar, area) {
                 Ok(slot) => slots.push(slot),
                 Err(error) => {
-                    let error = crate::notice::describe(&error);
                     tracing::warn!(
                         id,
                         bar = bar.index,
-                        error,
+                        error = %ErrorChain(&error),
                         "an area is reached by exits only"
                     );
                 }

@@ -18,7 +18,7 @@ use pci::PciBus;
 use virtio_devices::net::features::HASH_REPORT;
 use virtio_devices::net::{Net, NetBackend, NetCounters, NetOptions, NetTotals};
 use virtio_devices::{Console, Rng, VirtioDevice, VirtioPciDevice, VirtioPciParts};
-use vm_migration::Pause;
+use vm_migration::{ErrorChain, Pause};
 
 use super::pci::PciRoot;
 use super::{Host, MachineError};
@@ -28,7 +28,7 @@ use crate::inherited;
 use crate::interrupts::{Fabric, InterruptManager};
 use crate::layout;
 use crate::memory::Ram;
-use crate::notice::{ExitReason, describe};
+use crate::notice::ExitReason;
 use crate::power::PowerButton;
 
 /// The kind of a network card.
@@ -257,7 +257,7 @@ fn net_counters(totals: &NetTotals) -> BTreeMap<String, u64> {
 fn dirty_source(device: &Passthrough) -> String {
     match device.dirty_source() {
         Ok(_) => "device DMA log".to_owned(),
-        Err(error) => describe(&error),
+        Err(error) => ErrorChain(&error).to_string(),
     }
 }
 
@@ -331,7 +331,7 @@ fn user_device(
     let on_gone = Box::new(move |error: &passthrough::BackendError| {
         exits.send(ExitReason::DeviceLost {
             id: gone,
-            reason: describe(error),
+            reason: ErrorChain(error).to_string(),
         });
     });
     let memory = board.ram.handle().clone();

@@ -13,6 +13,7 @@ use ::devices::thread::ThreadSpawner;
 use event_monitor::EventMonitor;
 use hypervisor::{Cpuid, Hypervisor, MemorySlot, SlotFlags, Vm, VmOptions};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_migration::ErrorChain;
 
 use crate::acpi;
 use crate::boot::{self, Payload};
@@ -20,7 +21,6 @@ use crate::config::VmConfig;
 use crate::interrupts::InterruptManager;
 use crate::memory::Ram;
 use crate::notice::ExitSender;
-use crate::notice::describe;
 use crate::vcpu::{Surroundings, Vcpus};
 
 pub use devices::{Devices, UserFunction, VirtioFunction};
@@ -166,7 +166,7 @@ impl Machine {
         if paused.is_err()
             && let Err(error) = self.resume()
         {
-            tracing::error!(error = describe(&error), "after a failed pause");
+            tracing::error!(error = %ErrorChain(&error), "after a failed pause");
         }
         paused
     }

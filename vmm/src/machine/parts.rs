@@ -5,8 +5,7 @@ use std::sync::Arc;
 
 use hypervisor::{Vcpu, VcpuState, Vm, VmState};
 use pci::PciBus;
-use serde::{Deserialize, Serialize};
-use vm_migration::{Pause, SaveRestore, StateError};
+use vm_migration::{Pause, SaveRestore, StateError, saved};
 
 use crate::config::MAX_VCPUS;
 use crate::vcpu::Vcpus;
@@ -18,6 +17,7 @@ pub(crate) const PCI_ID: &str = "pci";
 /// Identifier of the state the hypervisor keeps for the whole VM.
 pub(crate) const CHIPS_ID: &str = "vm";
 
+/// Of the form of the vCPUs' state.
 const VERSION: u16 = 1;
 
 fn failed(
@@ -35,12 +35,6 @@ fn failed(
 /// All vCPUs as one part. They are paused and resumed by the migration engine itself, not as a
 /// device, so that they stop first and start last.
 pub struct CpuState(pub Arc<Vcpus>);
-
-#[derive(Serialize, Deserialize)]
-struct SavedCpus {
-    version: u16,
-    cpus: Vec<Vec<u8>>,
-}
 
 impl SaveRestore for CpuState {
     // A constant of small numbers.
@@ -64,31 +58,19 @@ impl SaveRestore for CpuState {
                     .map_err(|cause| failed(CPUS_ID, "save", cause))?,
             );
         }
-        postcard::to_stdvec(&SavedCpus {
-            version: VERSION,
-            cpus,
-        })
-        .map_err(|cause| failed(CPUS_ID, "save", cause))
+        saved::encode(CPUS_ID, VERSION, &cpus)
     }
 
     fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
-        let bad = |reason: String| StateError::BadState {
-            id: CPUS_ID.into(),
-            reason,
-        };
-        let saved: SavedCpus =
-            postcard::from_bytes(bytes).map_err(|error| bad(error.to_string()))?;
-        if saved.version != VERSION {
-            return Err(bad(format!(
-                "version {}, {VERSION} is known",
-                saved.version
-            )));
-        }
-        let (here, there) = (self.0.cpus().len(), saved.cpus.len());
+        let cpus: Vec<Vec<u8>> = saved::decode(CPUS_ID, VERSION, Self::MAX_STATE_BYTES, bytes)?;
+        let (here, there) = (self.0.cpus().len(), cpus.len());
         if here != there {
-            return Err(bad(format!("{there} vCPUs were saved, {here} are here")));
+            return Err(StateError::BadState {
+                id: CPUS_ID.into(),
+                reason: format!("{there} vCPUs were saved, {here} are here"),
+            });
         }
-        for (cpu, bytes) in self.0.cpus().iter().zip(&saved.cpus) {
+        for (cpu, bytes) in self.0.cpus().iter().zip(&cpus) {
             let state =
                 VcpuState::decode(bytes).map_err(|cause| failed(CPUS_ID, "decode", cause))?;
             cpu.lock()

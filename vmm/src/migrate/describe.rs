@@ -7,8 +7,8 @@ use devices::serial::{self, Serial};
 use hypervisor::Cpuid;
 use passthrough::Passthrough;
 use virtio_devices::VirtioPciDevice;
-use vm_migration::SaveRestore;
 use vm_migration::migrate::{DeviceManifest, Manifest, MemoryRegion, Migratable, Refusal};
+use vm_migration::{ErrorChain, SaveRestore};
 
 use super::MigrateError;
 use crate::config::VmConfig;
@@ -116,7 +116,7 @@ fn passthrough_entry(id: &str, device: &Passthrough) -> DeviceManifest {
     let migratable = match device.state_source().and_then(|_| device.dirty_source()) {
         Ok(_) => Migratable::Yes,
         Err(error) => Migratable::No {
-            reason: crate::notice::describe(&error),
+            reason: ErrorChain(&error).to_string(),
             remedy: "unplug it before the migration, or give a server that can migrate".into(),
         },
     };

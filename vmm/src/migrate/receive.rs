@@ -12,7 +12,7 @@ use vm_migration::migrate::{
     self, CancelHandle, DestinationHost, DestinationParts, DestinationPhase, DestinationReport,
     Listener, Manifest, MigrationEvent, MigrationStatus, Refusal, Side, Status,
 };
-use vm_migration::{SnapshotSink, StateSink};
+use vm_migration::{ErrorChain, SnapshotSink, StateSink};
 
 use super::MigrateError;
 use super::describe::misfits;
@@ -22,7 +22,7 @@ use crate::machine::{
     BusState, CHIPS_ID, CPUS_ID, CpuState, CpuSwitch, Host, Machine, PCI_ID, VmChips,
 };
 use crate::migration_events;
-use crate::notice::{NoticeSender, describe};
+use crate::notice::NoticeSender;
 
 /// A VM that arrived and runs.
 pub struct Arrived {
@@ -102,7 +102,7 @@ fn serve(
     host: Host,
 ) -> Result<Arrived, MigrateError> {
     let connection = listener.accept(None, cancel).map_err(|error| {
-        let why = describe(&error);
+        let why = ErrorChain(&error).to_string();
         let side = Side::Destination(DestinationPhase::Aborted { why });
         super::failed_early(status, &host.events, side);
         MigrateError::Transport(error)
@@ -150,11 +150,13 @@ impl Incoming {
         self.request.apply_to(&mut config).map_err(|error| {
             vec![Refusal::new(
                 "config",
-                describe(&error),
+                ErrorChain(&error).to_string(),
                 "correct vm.receive-migration",
             )]
         })?;
-        config.validate().map_err(|error| refuse(describe(&error)))
+        config
+            .validate()
+            .map_err(|error| refuse(ErrorChain(&error).to_string()))
     }
 }
 
@@ -165,7 +167,7 @@ impl DestinationHost for Incoming {
             let subject = error.device_id().unwrap_or("vm").to_owned();
             vec![Refusal::new(
                 subject,
-                describe(&error),
+                ErrorChain(&error).to_string(),
                 "make the resource available here, or name another in vm.receive-migration",
             )]
         })?;
@@ -176,7 +178,7 @@ impl DestinationHost for Incoming {
         let sinks = sinks(&machine).map_err(|error| {
             vec![Refusal::new(
                 "vm",
-                describe(&error),
+                ErrorChain(&error).to_string(),
                 "give a device that can be migrated",
             )]
         })?;

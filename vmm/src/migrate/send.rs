@@ -12,7 +12,7 @@ use vm_migration::migrate::{
     self, CancelHandle, MigrationEvent, MigrationStatus, Report, Side, SourceParts, SourcePhase,
     Status, TooLate,
 };
-use vm_migration::{DirtySource, SnapshotSource, StateSource, VmmWriteSource};
+use vm_migration::{DirtySource, ErrorChain, SnapshotSource, StateSource, VmmWriteSource};
 
 use super::MigrateError;
 use super::describe as description;
@@ -21,7 +21,7 @@ use crate::api::SendMigrationConfig;
 use crate::config::VmConfig;
 use crate::machine::{BusState, CHIPS_ID, CPUS_ID, CpuState, CpuSwitch, Machine, PCI_ID, VmChips};
 use crate::migration_events;
-use crate::notice::{NoticeSender, describe};
+use crate::notice::NoticeSender;
 
 /// A migration away from here that is going on, or has ended.
 pub struct Sending {
@@ -61,7 +61,7 @@ impl Sending {
             let mut tell = |event: &MigrationEvent| migration_events::tell(&events, event);
             let result = migrate::transport::connect(&address, &own_cancel)
                 .map_err(|error| {
-                    let why = describe(&error);
+                    let why = ErrorChain(&error).to_string();
                     super::failed_early(
                         &own_status,
                         &events,

@@ -38,6 +38,7 @@ use std::sync::Arc;
 use devices::{InterruptError, MsiFabric, ThreadSpawner};
 use pci::{BarInfo, ConfigSpace, Doorbell, Msix, MsixError, PciDevice};
 use vm_memory::GuestAddressSpace;
+use vm_migration::ErrorChain;
 use vm_migration::memory::MemoryHandle;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -245,7 +246,7 @@ impl VirtioPciDevice {
             Err(error) => {
                 // The queues are lost; whatever started must not go on with part of them.
                 self.device.reset();
-                self.interrupts.needs_reset(&Chained(&error));
+                self.interrupts.needs_reset(&ErrorChain(&error));
             }
         }
     }
@@ -453,20 +454,5 @@ impl PciDevice for VirtioPciDevice {
             }
         }
         doorbells
-    }
-}
-
-/// An error with its causes on one line.
-struct Chained<'a>(&'a dyn std::error::Error);
-
-impl std::fmt::Display for Chained<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.0)?;
-        let mut source = self.0.source();
-        while let Some(error) = source {
-            write!(f, ": {error}")?;
-            source = error.source();
-        }
-        Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 use pci::{ConfigState, MsixState};
 use serde::{Deserialize, Serialize};
+use vm_migration::ErrorChain;
 use vm_migration::state::{Pause, SaveRestore, StateError};
 
 use super::common::{Phase, Registers};
@@ -120,7 +121,7 @@ impl Pause for VirtioPciDevice {
                 let error = self.failed("resume", error);
                 crate::device::DeviceInterrupt::needs_reset(
                     self.interrupts.as_ref(),
-                    &super::Chained(&error),
+                    &ErrorChain(&error),
                 );
                 Err(error)
             }
