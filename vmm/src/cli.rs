@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Parser, ValueEnum};
 use event_monitor::Sink;
+use sandbox::SeccompMode;
 
 use crate::api::ApiSocket;
 use crate::config::{
     ConfigError, ConsoleConfig, CpusConfig, MemoryConfig, NetConfig, PayloadConfig, RngConfig,
     UserDeviceConfig, VmConfig, default_console, default_serial,
 };
-use crate::seccomp::SeccompMode;
 
 /// How much `ferry` says on standard error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -19,6 +19,5 @@ pub mod migrate;
 pub mod migration_events;
 pub mod notice;
 pub mod power;
-pub mod seccomp;
 pub mod signals;
 pub mod vcpu;

@@ -29,6 +29,8 @@ pub enum ThreadKind {
     Serial,
     /// Reads messages of a vfio-user server.
     VfioUser,
+    /// Serves a device to the client of a vfio-user socket.
+    VfioServer,
     /// Handles process signals.
     Signal,
     /// Writes events to their sink.

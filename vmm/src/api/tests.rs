@@ -8,8 +8,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use axum::http::Method;
-use devices::ThreadSpawner;
+use devices::ThreadKind;
 use hyper::body::Bytes;
+use sandbox::{Filters, SeccompMode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -26,12 +27,15 @@ struct Fixture {
 }
 
 impl Fixture {
+    /// The server is confined as in `ferry`: a call its filter forbids ends the test program with
+    /// a message.
     fn new() -> Self {
+        let filters = Filters::new("vmm tests", ThreadKind::Api, SeccompMode::Enforce).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("api.sock");
         let (handle, inbox) = channel().unwrap();
         let listener = ApiListener::bind(&socket).unwrap();
-        let server = ApiServer::start(listener, handle, &ThreadSpawner::unconfined()).unwrap();
+        let server = ApiServer::start(listener, handle, &filters.spawner()).unwrap();
         Self {
             _dir: dir,
             socket,

@@ -11,13 +11,13 @@ use clap::Parser;
 use devices::{ThreadKind, ThreadSpawner};
 use event_monitor::{Event, EventMonitor, Sink, open_path};
 use hypervisor::KvmHypervisor;
+use sandbox::Filters;
 use vmm::api::{self, ApiError, ApiListener, ApiServer};
 use vmm::cli::Cli;
 use vmm::control::Control;
 use vmm::inherited;
 use vmm::machine::Host;
 use vmm::notice;
-use vmm::seccomp::Filters;
 use vmm::signals::Signals;
 
 /// How long the last events may take to be written.
@@ -48,7 +48,8 @@ fn run(cli: &Cli) -> Result<()> {
     }
     // Before the first thread, so that all of them leave these signals to the control loop.
     let signals = Signals::take().context("cannot take over signals")?;
-    let filters = Filters::new(cli.seccomp).context("cannot prepare system-call filters")?;
+    let filters = Filters::new("ferry", ThreadKind::Vmm, cli.seccomp)
+        .context("cannot prepare system-call filters")?;
     let spawner = filters.spawner();
     let (exit_sender, exits) = notice::channel()?;
     let (handle, inbox) = api::channel()?;

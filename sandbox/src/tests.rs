@@ -5,10 +5,9 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use super::*;
-use crate::api::{ApiClient, ApiListener, ApiReply, ApiServer, channel};
 
 /// Names the test whose child this process is.
-const CHILD: &str = "FERRY_SECCOMP_TEST";
+const CHILD: &str = "FERRY_SANDBOX_TEST";
 
 /// Runs `body` in a process of its own: this test program again, with this test alone. `test` is
 /// the test's own name.
@@ -19,12 +18,23 @@ fn in_child(test: &str, body: impl FnOnce()) -> Output {
     }
     let program = std::env::current_exe().unwrap();
     let mut child = Command::new(program);
-    child.args(["--exact", &format!("seccomp::tests::{test}"), "--nocapture"]);
+    child.args(["--exact", &format!("tests::{test}"), "--nocapture"]);
     child.env(CHILD, test).output().unwrap()
 }
 
+/// The kinds of main threads: all others are started by them.
+const MAINS: [ThreadKind; 2] = [ThreadKind::Vmm, ThreadKind::VfioServer];
+
+fn kinds() -> impl Iterator<Item = ThreadKind> {
+    MAINS.into_iter().flat_map(profile::reachable)
+}
+
+fn filters(main: ThreadKind, mode: SeccompMode) -> Filters {
+    Filters::new("tester", main, mode).unwrap()
+}
+
 fn run(kind: ThreadKind, mode: SeccompMode, body: impl FnOnce() + Send + 'static) {
-    let spawner = Filters::new(mode).unwrap().spawner();
+    let spawner = filters(kind, mode).spawner();
     spawner.spawn(kind, "worker", body).unwrap().join().unwrap();
 }
 
@@ -54,10 +64,10 @@ fn ordinary_work() {
 }
 
 #[test]
-fn every_profile_compiles_and_every_kind_has_one() {
+fn every_profile_compiles() {
     for mode in [SeccompMode::Enforce, SeccompMode::Log] {
-        for kind in KINDS {
-            let program = filter::compile(*kind, mode).unwrap();
+        for kind in kinds() {
+            let program = filter::compile(kind, mode).unwrap();
             // BPF_MAXINSNS of linux/bpf_common.h.
             assert!(
                 (1..=4096).contains(&program.len()),
@@ -66,8 +76,24 @@ fn every_profile_compiles_and_every_kind_has_one() {
             );
         }
     }
-    let filters = Filters::new(SeccompMode::Off).unwrap();
-    assert!(KINDS.iter().all(|kind| filters.programs[kind].is_empty()));
+    let off = filters(ThreadKind::Vmm, SeccompMode::Off);
+    assert!(off.programs.values().all(Vec::is_empty));
+}
+
+#[test]
+fn a_program_has_the_filters_of_its_own_threads() {
+    let ferry = filters(ThreadKind::Vmm, SeccompMode::Log);
+    // A vCPU starts it, which the main thread starts.
+    assert!(ferry.programs.contains_key(&ThreadKind::VirtioNetControl));
+    let nic = filters(ThreadKind::VfioServer, SeccompMode::Log);
+    assert!(nic.programs.contains_key(&ThreadKind::VirtioNetControl));
+    let refused = nic.confine(ThreadKind::Vcpu).unwrap_err();
+    assert!(matches!(
+        refused,
+        SeccompError::NoFilter {
+            kind: ThreadKind::Vcpu
+        }
+    ));
 }
 
 #[test]
@@ -85,15 +111,15 @@ fn a_forbidden_call_names_thread_kind_and_call() {
         });
     });
     let message =
-        "ferry: seccomp: thread 'worker' (virtio-rng) called forbidden system call 257 (openat)";
+        "tester: seccomp: thread 'worker' (virtio-rng) called forbidden system call 257 (openat)";
     forbidden(&output, message);
 }
 
 #[test]
 fn ordinary_work_is_allowed_everywhere() {
     let output = in_child("ordinary_work_is_allowed_everywhere", || {
-        for kind in KINDS {
-            run(*kind, SeccompMode::Enforce, ordinary_work);
+        for kind in kinds() {
+            run(kind, SeccompMode::Enforce, ordinary_work);
         }
     });
     fine(&output);
@@ -162,7 +188,7 @@ fn no_worker_makes_memory_executable() {
 #[test]
 fn a_confined_thread_can_start_those_of_its_profile() {
     let output = in_child("a_confined_thread_can_start_those_of_its_profile", || {
-        let filters = Filters::new(SeccompMode::Enforce).unwrap();
+        let filters = filters(ThreadKind::Vmm, SeccompMode::Enforce);
         let spawner = filters.spawner();
         filters.confine(ThreadKind::Vmm).unwrap();
         let inner = spawner.clone();
@@ -178,7 +204,7 @@ fn a_confined_thread_can_start_those_of_its_profile() {
 #[test]
 fn a_signal_from_outside_is_called_that() {
     let output = in_child("a_signal_from_outside_is_called_that", || {
-        Filters::new(SeccompMode::Enforce).unwrap();
+        filters(ThreadKind::Vmm, SeccompMode::Enforce);
         // SAFETY: sends a signal to this process.
         unsafe { libc::raise(libc::SIGSYS) };
     });
@@ -202,34 +228,11 @@ fn a_blocked_signal_is_let_through() {
 }
 
 #[test]
-fn the_api_is_served_under_its_filter() {
-    let output = in_child("the_api_is_served_under_its_filter", || {
-        let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("api.sock");
-        let spawner = Filters::new(SeccompMode::Enforce).unwrap().spawner();
-        let (handle, inbox) = channel().unwrap();
-        let listener = ApiListener::bind(&socket).unwrap();
-        let server = ApiServer::start(listener, handle, &spawner).unwrap();
-        let asker = std::thread::spawn(move || {
-            let client = ApiClient::new(socket).unwrap();
-            client.put("vm.boot").unwrap();
-            assert!(client.put("vm.nothing").is_err());
-            assert!(client.put_json("vm.create", &"x".repeat(5 << 20)).is_err());
-        });
-        let request = std::iter::repeat_with(|| inbox.take()).find_map(|message| message);
-        request.unwrap().1.respond(Ok(ApiReply::Empty));
-        asker.join().unwrap();
-        server.stop();
-    });
-    fine(&output);
-}
-
-#[test]
 fn events_are_written_under_their_filter() {
     let output = in_child("events_are_written_under_their_filter", || {
         let file = tempfile::NamedTempFile::new().unwrap();
         let (monitor, writer) = event_monitor::EventMonitor::new(file.reopen().unwrap());
-        let spawner = Filters::new(SeccompMode::Enforce).unwrap().spawner();
+        let spawner = filters(ThreadKind::EventMonitor, SeccompMode::Enforce).spawner();
         let thread = spawner.spawn(ThreadKind::EventMonitor, "events", move || writer.run());
         monitor.tell(event_monitor::Event::Booting);
         drop(monitor);

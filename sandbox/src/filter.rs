@@ -9,7 +9,7 @@ use seccompiler::{
 };
 
 use super::names;
-use super::profile::{Ioctl, Profile, profile};
+use super::profile::{Ioctl, Profile, profile, reachable};
 use super::{SeccompError, SeccompMode};
 
 /// What is allowed, by system call: with any arguments, or where one of the rules matches.
@@ -21,7 +21,7 @@ enum Arguments {
     Rules(Vec<SeccompRule>),
 }
 
-/// The program for threads of `kind`.
+/// The program for threads of `kind`, which start others.
 pub(super) fn compile(kind: ThreadKind, mode: SeccompMode) -> Result<BpfProgram, SeccompError> {
     let refused = match mode {
         SeccompMode::Enforce => SeccompAction::Trap,
@@ -30,8 +30,9 @@ pub(super) fn compile(kind: ThreadKind, mode: SeccompMode) -> Result<BpfProgram,
     };
     let failed = |source| SeccompError::Compile { kind, source };
     let mut allowed = Allowed::default();
-    let mut done = Vec::new();
-    allowed.add_kind(kind, &mut done)?;
+    for kind in reachable(kind) {
+        allowed.add_kind(kind)?;
+    }
     let rules = allowed.into_rules();
     let arch = TargetArch::x86_64;
     let filter = SeccompFilter::new(rules, refused, SeccompAction::Allow, arch).map_err(failed)?;
@@ -39,16 +40,8 @@ pub(super) fn compile(kind: ThreadKind, mode: SeccompMode) -> Result<BpfProgram,
 }
 
 impl Allowed {
-    /// Allows what threads of `kind` do, and those they start, and so on.
-    fn add_kind(
-        &mut self,
-        kind: ThreadKind,
-        done: &mut Vec<ThreadKind>,
-    ) -> Result<(), SeccompError> {
-        if done.contains(&kind) {
-            return Ok(());
-        }
-        done.push(kind);
+    /// Allows what threads of `kind` do themselves.
+    fn add_kind(&mut self, kind: ThreadKind) -> Result<(), SeccompError> {
         let profile = profile(kind);
         let failed = |source| SeccompError::Compile { kind, source };
         for name in profile.calls.iter().copied().flatten() {
@@ -56,11 +49,7 @@ impl Allowed {
         }
         self.add_ioctls(&profile).map_err(failed)?;
         self.add_memory(&profile).map_err(failed)?;
-        self.add_prctl(&profile).map_err(failed)?;
-        for started in profile.starts {
-            self.add_kind(*started, done)?;
-        }
-        Ok(())
+        self.add_prctl(&profile).map_err(failed)
     }
 
     fn add_any(&mut self, number: i64) {

@@ -5,6 +5,7 @@ use std::fmt::{self, Write};
 use std::io;
 use std::mem::MaybeUninit;
 use std::ptr;
+use std::sync::OnceLock;
 
 use libc::{c_int, c_void, siginfo_t, ucontext_t};
 
@@ -16,9 +17,13 @@ pub const FORBIDDEN_CALL_STATUS: i32 = 128 + libc::SIGSYS;
 /// `si_code` of a signal sent by a filter (`SYS_SECCOMP` of `asm-generic/siginfo.h`).
 const SYS_SECCOMP: c_int = 1;
 
+/// What messages begin with. Set before the handler is installed, which only reads it.
+static PROGRAM: OnceLock<&str> = OnceLock::new();
+
 thread_local! {
     /// The kind of this thread. Constant at first and never dropped: safe in a signal handler.
-    static KIND: Cell<&'static str> = const { Cell::new("unconfined") };
+    /// Threads that a library starts have their maker's filter and no kind.
+    static KIND: Cell<&'static str> = const { Cell::new("of no kind") };
 }
 
 /// `siginfo_t` as `SIGSYS` has it (`asm-generic/siginfo.h`, `_sigsys`, on 64-bit machines).
@@ -38,8 +43,10 @@ pub(super) fn set_kind(kind: &'static str) {
     KIND.set(kind);
 }
 
-/// Makes `SIGSYS` end the process with a message, in all threads.
-pub(super) fn install() -> io::Result<()> {
+/// Makes `SIGSYS` end the process with a message that begins with `program`, in all threads. The
+/// first name stays.
+pub(super) fn install(program: &'static str) -> io::Result<()> {
+    PROGRAM.get_or_init(|| program);
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: all-zero bytes are a valid `sigaction`: no flags, an empty mask, SIG_DFL.
     let action = unsafe { action.assume_init_mut() };
@@ -115,7 +122,8 @@ fn describe(line: &mut Line, info: &SigsysInfo, context: &ucontext_t) -> fmt::Re
     let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
     let name = str::from_utf8(name).unwrap_or("?");
     let kind = KIND.get();
-    write!(line, "ferry: seccomp: thread '{name}' ({kind}) ")?;
+    let program = PROGRAM.get().copied().unwrap_or_default();
+    write!(line, "{program}: seccomp: thread '{name}' ({kind}) ")?;
     if info.code != SYS_SECCOMP {
         return writeln!(line, "was ended by SIGSYS from outside");
     }

@@ -282,6 +282,21 @@ const DEVICE_THREADS: &[ThreadKind] = &[
     ThreadKind::VfioUser,
 ];
 
+/// `kind`, the kinds of threads it starts, those that they start, and so on.
+pub(super) fn reachable(kind: ThreadKind) -> Vec<ThreadKind> {
+    let mut found = vec![kind];
+    let mut next = 0;
+    while let Some(kind) = found.get(next) {
+        for started in profile(*kind).starts {
+            if !found.contains(started) {
+                found.push(*started);
+            }
+        }
+        next += 1;
+    }
+    found
+}
+
 /// What a thread of `kind` may do.
 pub(super) fn profile(kind: ThreadKind) -> Profile {
     match kind {
@@ -299,7 +314,6 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 ThreadKind::MigrationSend,
                 ThreadKind::MigrationReceive,
                 ThreadKind::Serial,
-                ThreadKind::Signal,
                 ThreadKind::EventMonitor,
             ],
         },
@@ -364,6 +378,18 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
             ioctls: &[STREAM],
             executable: false,
             starts: &[],
+        },
+        // The main thread of ferry-nic: serves its client, whose memory it maps, and runs the
+        // card's threads.
+        ThreadKind::VfioServer => Profile {
+            calls: &[RUNTIME, THREADS, EVENTS, SOCKETS, ACCEPT, POSITIONED, FILES],
+            ioctls: &[TUN],
+            executable: false,
+            starts: &[
+                ThreadKind::VirtioNet,
+                ThreadKind::VirtioNetControl,
+                ThreadKind::Signal,
+            ],
         },
         ThreadKind::Signal => Profile {
             calls: &[RUNTIME, SIGNALS],

@@ -1,17 +1,23 @@
 //! System-call filters: each kind of thread may make the calls it needs and no others.
 //!
-//! A guest that breaks out of its virtual CPU or a device into Ferry's address space finds that the
-//! thread it broke into can do little more than what it did before. [`Filters`] holds one compiled
-//! program per [`ThreadKind`]; [`Filters::spawner`] starts threads that are confined before their
-//! first line of code, and [`Filters::confine`] confines the thread it is called on, which is how
-//! `main` confines itself last.
+//! A guest that breaks out of its virtual CPU or a device into a program's address space finds that
+//! the thread it broke into can do little more than what it did before.
+//!
+//! # How to use it
+//! - [`Filters::new`], early in `main`, compiles one program per [`ThreadKind`] the program has.
+//! - [`Filters::spawner`] starts threads that are confined before their first line of code.
+//! - [`Filters::confine`] confines the thread it is called on: `main` does that to itself last,
+//!   when all that needs more rights is open.
 //!
 //! A thread inherits the filter of the thread that starts it, in addition to its own, so a thread
-//! that starts others is allowed whatever they are. `profile.rs` is the one table of who may do
-//! what.
+//! that starts others is allowed whatever they are.
 //!
 //! A forbidden call ends the process ([`FORBIDDEN_CALL_STATUS`]) with a line on standard error that
-//! names thread, kind and call.
+//! names program, thread, kind and call.
+//!
+//! # Where things are
+//! `profile.rs` is the one table of who may do what; `filter.rs` makes a program of a profile;
+//! `handler.rs` says what was forbidden; `names.rs` knows the system calls.
 
 mod filter;
 mod handler;
@@ -33,37 +39,18 @@ use thiserror::Error;
 pub use handler::FORBIDDEN_CALL_STATUS;
 pub use mode::{SeccompMode, SeccompModeError};
 
-/// All kinds of threads.
-const KINDS: &[ThreadKind] = &[
-    ThreadKind::Vmm,
-    ThreadKind::Vcpu,
-    ThreadKind::Api,
-    ThreadKind::MigrationSend,
-    ThreadKind::MigrationReceive,
-    ThreadKind::VirtioNet,
-    ThreadKind::VirtioNetControl,
-    ThreadKind::VirtioConsole,
-    ThreadKind::VirtioRng,
-    ThreadKind::Serial,
-    ThreadKind::VfioUser,
-    ThreadKind::Signal,
-    ThreadKind::EventMonitor,
-];
-
 /// Why a thread could not be confined.
 #[derive(Debug, Error)]
 pub enum SeccompError {
     /// A profile names a system call this architecture does not have.
-    #[error(
-        "system call `{name}` of a seccomp profile is unknown; correct vmm/src/seccomp/profile.rs"
-    )]
+    #[error("system call `{name}` of a seccomp profile is unknown; correct sandbox/src/profile.rs")]
     UnknownCall {
         /// The name.
         name: &'static str,
     },
     /// A profile makes no program.
     #[error(
-        "the seccomp profile of {kind:?} threads does not compile; correct vmm/src/seccomp/profile.rs"
+        "the seccomp profile of {kind:?} threads does not compile; correct sandbox/src/profile.rs"
     )]
     Compile {
         /// The kind of thread.
@@ -89,9 +76,9 @@ pub enum SeccompError {
     /// The allocator could not be prepared.
     #[error("cannot start a thread to prepare the allocator")]
     Prepare(#[source] io::Error),
-    /// There is no program for the kind: it is missing in this module's list.
+    /// There is no program for the kind: no thread of this program is known to start it.
     #[error(
-        "there is no seccomp filter for {kind:?} threads; add the kind to vmm/src/seccomp/mod.rs"
+        "there is no seccomp filter for {kind:?} threads; add the kind to what its maker `starts` in sandbox/src/profile.rs"
     )]
     NoFilter {
         /// The kind of thread.
@@ -99,7 +86,7 @@ pub enum SeccompError {
     },
 }
 
-/// The filters of all kinds of threads, compiled. Cheap to clone.
+/// The filters of all kinds of threads of one program, compiled. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Filters {
     mode: SeccompMode,
@@ -107,23 +94,28 @@ pub struct Filters {
 }
 
 impl Filters {
-    /// Compiles all filters for `mode`, and catches `SIGSYS` if they are to be enforced. To be
-    /// called early in `main`, before much memory has been allocated.
+    /// Compiles the filters for a main thread of kind `main`, for all it starts, and so on, and
+    /// catches `SIGSYS` if they are to be enforced. `program` is what messages begin with; the
+    /// first call of a process decides. To be called early, before much memory has been allocated.
     ///
     /// # Errors
     /// [`SeccompError`] if a profile is wrong or the signal cannot be caught.
-    pub fn new(mode: SeccompMode) -> Result<Self, SeccompError> {
+    pub fn new(
+        program: &'static str,
+        main: ThreadKind,
+        mode: SeccompMode,
+    ) -> Result<Self, SeccompError> {
         if mode == SeccompMode::Enforce {
-            handler::install().map_err(SeccompError::Signal)?;
+            handler::install(program).map_err(SeccompError::Signal)?;
         }
         if mode != SeccompMode::Off {
             prepare_allocator().map_err(SeccompError::Prepare)?;
             // rustix asks for the auxiliary vector (prctl, or its file in /proc) at first use.
             rustix::param::page_size();
         }
-        let programs = KINDS
-            .iter()
-            .map(|kind| Ok((*kind, filter::compile(*kind, mode)?)))
+        let programs = profile::reachable(main)
+            .into_iter()
+            .map(|kind| Ok((kind, filter::compile(kind, mode)?)))
             .collect::<Result<_, SeccompError>>()?;
         Ok(Self {
             mode,
@@ -180,6 +172,7 @@ fn name(kind: ThreadKind) -> &'static str {
         ThreadKind::VirtioRng => "virtio-rng",
         ThreadKind::Serial => "serial",
         ThreadKind::VfioUser => "vfio-user",
+        ThreadKind::VfioServer => "vfio-server",
         ThreadKind::Signal => "signal",
         ThreadKind::EventMonitor => "event-monitor",
     }
