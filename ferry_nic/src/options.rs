@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use clap::{Parser, ValueEnum};
 use net_util::tap::{Tap, TapError, TapName};
+use sandbox::SeccompMode;
 use virtio_devices::{Net, NetBackend, NetError, NetOptions};
 
 /// A hardware address, written `52:54:00:12:34:56`.
@@ -81,6 +82,12 @@ pub struct Options {
     /// Whether to offer the guest the hash of each received packet (VIRTIO_NET_F_HASH_REPORT).
     #[arg(long, value_enum, default_value_t = Switch::Off)]
     pub hash_report: Switch,
+    /// What a system call that its thread has no use for does: true|false|log.
+    ///
+    /// true ends ferry-nic with a message that names thread and call; log writes to the kernel's
+    /// audit log; false installs no filters.
+    #[arg(long, value_name = "MODE", default_value_t)]
+    pub seccomp: SeccompMode,
 }
 
 fn even(text: &str) -> Result<u16, String> {
@@ -143,6 +150,7 @@ mod tests {
         let options = parse(&[]).unwrap();
         assert_eq!((options.num_queues, options.queue_size), (2, 256));
         assert_eq!(options.hash_report, Switch::Off);
+        assert_eq!(options.seccomp, SeccompMode::Enforce);
         assert!(options.mac.is_none() && options.mtu.is_none());
         let options = parse(&[
             "--mac",
@@ -155,12 +163,15 @@ mod tests {
             "on",
             "--mtu",
             "9000",
+            "--seccomp",
+            "log",
         ])
         .unwrap();
         assert_eq!(options.mac, Some(Mac([0x52, 0x54, 0, 0x12, 0x34, 0x56])));
         assert_eq!((options.num_queues, options.queue_size), (4, 512));
         assert_eq!(options.hash_report, Switch::On);
         assert_eq!(options.mtu, Some(9000));
+        assert_eq!(options.seccomp, SeccompMode::Log);
     }
 
     #[test]
@@ -174,6 +185,7 @@ mod tests {
             ["--num-queues", "0"],
             ["--mtu", "60"],
             ["--hash-report", "maybe"],
+            ["--seccomp", "maybe"],
         ] {
             assert!(parse(&bad).is_err(), "{bad:?}");
         }
