@@ -38,5 +38,5 @@ pub use device::{
     Activation, ActiveQueue, DeviceError, DeviceInterrupt, DeviceType, VirtioDevice, feature,
 };
 pub use net::{Net, NetBackend, NetCounters, NetError, NetOptions, NetTotals};
-pub use rng::Rng;
+pub use rng::{EntropySource, Rng};
 pub use transport::{TransportError, VirtioPciDevice, VirtioPciParts};

@@ -1,10 +1,13 @@
 //! Entropy device (virtio 1.2, section 5.4): the guest's buffers are filled with random bytes
-//! from the host's generator.
+//! from the host's generator, or a file.
 //!
-//! It has no state: a restored device goes on with its queue, and the destination host's
-//! generator.
+//! It has no state: a restored device goes on with its queue, and the destination's source.
+
+use std::fs::File;
+use std::sync::Arc;
 
 use devices::ThreadKind;
+use rustix::io::Errno;
 use rustix::rand::{GetRandomFlags, getrandom};
 use vm_migration::memory::GuestMemory;
 
@@ -23,18 +26,43 @@ pub const MAX_REQUEST_BYTES: usize = 64 << 10;
 /// Bytes taken from the host at once.
 const PIECE: usize = 256;
 
+/// Where random bytes come from.
+#[derive(Clone, Debug)]
+pub enum EntropySource {
+    /// The kernel's generator, by `getrandom`.
+    Kernel,
+    /// A file, which should not block: a read that has nothing gives the driver a short answer.
+    File(Arc<File>),
+}
+
+impl EntropySource {
+    /// Bytes put into `piece`; 0 if there are none now.
+    fn read(&self, piece: &mut [u8]) -> Result<usize, Errno> {
+        let read = match self {
+            Self::Kernel => getrandom(piece, GetRandomFlags::empty()),
+            Self::File(file) => rustix::io::read(file, piece),
+        };
+        match read {
+            Err(Errno::AGAIN) => Ok(0),
+            read => read,
+        }
+    }
+}
+
 /// The entropy device.
 #[derive(Debug)]
 pub struct Rng {
     id: String,
+    source: EntropySource,
     worker: Option<Worker<QueueServer<Entropy>>>,
 }
 
 impl Rng {
-    /// A device called `id`.
-    pub fn new(id: impl Into<String>) -> Self {
+    /// A device called `id` that gives bytes of `source`.
+    pub fn new(id: impl Into<String>, source: EntropySource) -> Self {
         Self {
             id: id.into(),
+            source,
             worker: None,
         }
     }
@@ -100,7 +128,8 @@ impl VirtioDevice for Rng {
                 index: 0,
             });
         };
-        let server = QueueServer::new(requests, memory, interrupt, Entropy);
+        let entropy = Entropy(self.source.clone());
+        let server = QueueServer::new(requests, memory, interrupt, entropy);
         let worker = Worker::start(&spawner, ThreadKind::VirtioRng, self.id.clone(), server)
             .map_err(|cause| DeviceError::Host {
                 device: self.id.clone(),
@@ -148,7 +177,7 @@ impl VirtioDevice for Rng {
 
 /// Fills requests.
 #[derive(Debug)]
-struct Entropy;
+struct Entropy(EntropySource);
 
 impl Handler for Entropy {
     fn handle(&mut self, memory: &GuestMemory, chain: &Chain) -> Result<u32, RingError> {
@@ -160,16 +189,20 @@ impl Handler for Entropy {
             let Some(piece) = piece.get_mut(..take) else {
                 break;
             };
-            match getrandom(&mut *piece, GetRandomFlags::empty()) {
-                Ok(0) | Err(rustix::io::Errno::INTR) => continue,
+            match self.0.read(piece) {
+                Err(Errno::INTR) => continue,
+                Ok(0) => {
+                    tracing::debug!("the source of random bytes has none now");
+                    break;
+                }
                 Ok(got) => {
                     let got = piece.get(..got).unwrap_or_default();
                     let written = chain.write_at(memory, done, got)?;
                     done = done.saturating_add(u32::try_from(written).unwrap_or(u32::MAX));
                 }
                 Err(error) => {
-                    // Not possible once the host has booted. The driver sees a short answer.
-                    tracing::error!(%error, "the host gives no random bytes");
+                    // The driver sees a short answer.
+                    tracing::error!(%error, "the source gives no random bytes");
                     break;
                 }
             }

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use devices::acpi::{self, AcpiPower, I8042, Sink};
@@ -17,13 +18,13 @@ use passthrough::{Passthrough, VfioUserBackend};
 use pci::PciBus;
 use virtio_devices::net::features::HASH_REPORT;
 use virtio_devices::net::{Net, NetBackend, NetCounters, NetOptions, NetTotals};
-use virtio_devices::{Console, Rng, VirtioDevice, VirtioPciDevice, VirtioPciParts};
+use virtio_devices::{Console, EntropySource, Rng, VirtioDevice, VirtioPciDevice, VirtioPciParts};
 use vm_migration::{ErrorChain, Pause};
 
 use super::pci::PciRoot;
 use super::{Host, MachineError};
 use crate::api::Counters;
-use crate::config::{ConsoleConfig, NetConfig, UserDeviceConfig, VmConfig};
+use crate::config::{ConsoleConfig, NetConfig, RngConfig, UserDeviceConfig, VmConfig};
 use crate::inherited;
 use crate::interrupts::{Fabric, InterruptManager};
 use crate::layout;
@@ -99,7 +100,7 @@ impl Devices {
         }
         virtio.push(function(
             "virtio-rng",
-            Box::new(Rng::new("_rng")),
+            Box::new(Rng::new("_rng", entropy(&config.rng)?)),
             None,
             host,
             board,
@@ -235,6 +236,23 @@ impl Devices {
     pub fn bus(&self) -> &Arc<PciBus> {
         &self.bus
     }
+}
+
+/// Where the guest's random bytes come from. The kernel's generator is asked without its file.
+fn entropy(config: &RngConfig) -> Result<EntropySource, MachineError> {
+    if ["/dev/urandom", "/dev/random"]
+        .iter()
+        .any(|path| config.src == Path::new(path))
+    {
+        return Ok(EntropySource::Kernel);
+    }
+    let file = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed())
+        .open(&config.src)
+        .map_err(|error| format!("cannot open {}: {error}", config.src.display()))
+        .map_err(MachineError::device("_rng"))?;
+    Ok(EntropySource::File(Arc::new(file)))
 }
 
 fn net_counters(totals: &NetTotals) -> BTreeMap<String, u64> {

@@ -1,5 +1,6 @@
 //! Tests of the transport, with the entropy device behind it.
 
+use std::io::{Seek, Write};
 use std::sync::Arc;
 
 use pci::{BarKind, PciDevice};
@@ -8,7 +9,7 @@ use vm_migration::state::{Pause, SaveRestore};
 
 use super::*;
 use crate::device::feature;
-use crate::rng::Rng;
+use crate::rng::{EntropySource, Rng};
 use crate::testing::{
     Driver, RAM, Ring, RingLayout, TestFabric, is_logged, memory, pci_device, snapshot, wait_for,
 };
@@ -20,7 +21,7 @@ const NEEDS_RESET: u8 = 64;
 fn rng() -> (Driver, Arc<TestFabric>) {
     let memory = memory();
     let fabric = Arc::default();
-    let device = pci_device(Rng::new("_rng0"), &memory, &fabric);
+    let device = pci_device(Rng::new("_rng0", EntropySource::Kernel), &memory, &fabric);
     (Driver::new(device, &memory), fabric)
 }
 
@@ -136,6 +137,27 @@ fn queue_registers_are_checked() {
     assert_eq!(driver.read16(24), 0, "no such queue");
     driver.write16(28, 1);
     assert_eq!(driver.read16(28), 0);
+}
+
+#[test]
+fn entropy_of_a_file_is_its_bytes_and_then_nothing() {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&[7; 300]).unwrap();
+    file.rewind().unwrap();
+    let memory = memory();
+    let source = EntropySource::File(Arc::new(file));
+    let device = pci_device(Rng::new("_rng0", source), &memory, &Arc::default());
+    let mut driver = Driver::new(device, &memory);
+    let mut rings = driver.bring_up(RING, &[64]);
+    let ring = &mut rings[0];
+    assert_eq!(ask(&mut driver, ring, 0x8000, 290), 290);
+    let mut bytes = [0; 290];
+    ring.memory
+        .read_slice(&mut bytes, GuestAddress(0x8000))
+        .unwrap();
+    assert_eq!(bytes, [7; 290]);
+    assert_eq!(ask(&mut driver, ring, 0x8000, 290), 10);
+    assert_eq!(ask(&mut driver, ring, 0x8000, 290), 0);
 }
 
 #[test]
@@ -269,7 +291,11 @@ fn restored_device_goes_on_where_the_saved_one_stopped() {
     assert_eq!(ring.pop_used(), None, "a paused device writes nothing");
 
     let fabric = Arc::default();
-    let device = pci_device(Rng::new("_rng0"), &source.memory, &fabric);
+    let device = pci_device(
+        Rng::new("_rng0", EntropySource::Kernel),
+        &source.memory,
+        &fabric,
+    );
     let mut target = Driver::new(device, &source.memory);
     target.device.pause().unwrap();
     target.device.restore(&state).unwrap();
