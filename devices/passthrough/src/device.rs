@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use pci::config::offset;
 use pci::{BarInfo, Doorbell, PciDevice};
 use vfio_user::wire::PCI_CONFIG_REGION;
-use vfio_user::{DeviceState, MigrationFlags};
+use vfio_user::{DeviceState, IoEventFd, MigrationFlags, RegionMapping};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vm_migration::memory::GuestMemory;
 use vm_migration::{Gpa, Pause, RamRegion, StateError};
@@ -138,30 +138,11 @@ impl Passthrough {
         for bar in front.config.bars() {
             let region = u32::from(bar.index);
             let events = backend.io_events(region, bar.size);
-            for event in events.map_err(failed("asking for doorbells"))? {
-                doorbells.push(Doorbell {
-                    bar: bar.index,
-                    offset: event.offset,
-                    size: u8::try_from(event.size).unwrap_or(0),
-                    datamatch: event.datamatch,
-                    eventfd: crate::fd::into_event(event.fd),
-                });
-            }
+            let events = events.map_err(failed("asking for doorbells"))?;
+            doorbells.extend(events.into_iter().map(|event| doorbell(bar.index, event)));
             let info = backend.region(region).map_err(failed("describing a BAR"))?;
             if let Some(mapping) = info.mapping {
-                let file = Arc::new(mapping.fd);
-                for area in mapping.areas {
-                    let span = (area.offset, area.offset + area.size);
-                    for (start, end) in without_msix(bar.index, span, layout.msix.as_ref()) {
-                        areas.push(MappableArea {
-                            bar: bar.index,
-                            offset: start,
-                            len: end - start,
-                            file: Arc::clone(&file),
-                            file_offset: mapping.offset + start,
-                        });
-                    }
-                }
+                areas.extend(mappable(bar.index, mapping, layout.msix.as_ref()));
             }
         }
         let config = &front.config;
@@ -445,6 +426,36 @@ impl Inner {
 fn touches(at: u16, data: &[u8], register: u16, len: usize) -> bool {
     let (start, register) = (usize::from(at), usize::from(register));
     start < register + len && register < start + data.len()
+}
+
+/// A doorbell of the device in `bar`.
+fn doorbell(bar: u8, event: IoEventFd) -> Doorbell {
+    Doorbell {
+        bar,
+        offset: event.offset,
+        size: u8::try_from(event.size).unwrap_or(0),
+        datamatch: event.datamatch,
+        eventfd: crate::fd::into_event(event.fd),
+    }
+}
+
+/// What of `bar` the guest may reach without an exit.
+fn mappable(bar: u8, mapping: RegionMapping, msix: Option<&MsixLayout>) -> Vec<MappableArea> {
+    let file = Arc::new(mapping.fd);
+    // The sums do not wrap: the client has checked areas and offset against each other.
+    let spans = mapping.areas.into_iter().flat_map(|area| {
+        let span = (area.offset, area.offset + area.size);
+        without_msix(bar, span, msix)
+    });
+    spans
+        .map(|(start, end)| MappableArea {
+            bar,
+            offset: start,
+            len: end - start,
+            file: Arc::clone(&file),
+            file_offset: mapping.offset + start,
+        })
+        .collect()
 }
 
 /// The parts of `span` in `bar` whose pages hold no MSI-X structure: those must be trapped.
