@@ -22,6 +22,7 @@ pub mod host;
 pub mod migration;
 pub mod netns;
 pub mod network;
+pub mod nic_proxy;
 pub mod poller;
 pub mod process;
 pub mod traffic;

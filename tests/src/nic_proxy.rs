@@ -1,0 +1,194 @@
+//! A man in the middle between `ferry` and `ferry-nic` who can make the DMA log forget.
+//!
+//! It passes messages of vfio-user on, with the file descriptors that come along. Told to, it
+//! zeroes bits in replies to DMA_LOGGING_REPORT: pages the device wrote are then not sent again. A
+//! test that claims to see lost pages must fail through such a proxy.
+//!
+//! It forgets the first report of each page, so that what is lost are the buffers that the device
+//! wrote once. The rings, which it writes all the time, arrive: a guest that stumbles over a
+//! broken ring would not live to find the lost pages.
+
+use std::collections::HashSet;
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+
+use anyhow::{Context, Result, bail};
+use parking_lot::Mutex;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, Shutdown,
+};
+use vfio_user::wire::{
+    FEATURE_MASK, FLAG_ERROR, FeatureMsg, HEADER_SIZE, LogReportMsg, MAX_MSG_FDS, TYPE_MASK,
+    TYPE_REPLY,
+};
+use vfio_user::{Command, Feature};
+use zerocopy::FromBytes;
+
+/// Longest message passed on; a dirty log's bitmap is the longest there is.
+const MAX_MESSAGE: usize = vfio_user::wire::MAX_REPORT_BITMAP + 4096;
+
+/// What the proxy does to the dirty log, and did.
+#[derive(Debug, Default)]
+pub struct DirtyLog {
+    /// Pages reported for the first time are forgotten from now on.
+    pub forget: AtomicBool,
+    /// Pages reported as written, whether forgotten or not.
+    pub reported: AtomicU64,
+    /// Pages forgotten.
+    pub forgotten: AtomicU64,
+    /// Pages that were reported before.
+    seen: Mutex<HashSet<u64>>,
+}
+
+/// A running proxy. Its connections last until one of their ends closes.
+#[derive(Debug)]
+pub struct NicProxy {
+    /// Where `ferry` connects to.
+    pub socket: PathBuf,
+    /// The dirty log as it passes by.
+    pub log: Arc<DirtyLog>,
+}
+
+impl NicProxy {
+    /// Listens on `socket` and passes each connection on to a new one to `server`.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub fn start(socket: &Path, server: &Path) -> Result<Self> {
+        let listener = UnixListener::bind(socket)
+            .with_context(|| format!("cannot listen on {}", socket.display()))?;
+        let log = Arc::new(DirtyLog::default());
+        let (server, own) = (server.to_owned(), Arc::clone(&log));
+        thread::spawn(move || {
+            while let Ok((client, _)) = listener.accept() {
+                // A server that is gone: the client sees its connection close.
+                let _ = connect(client, &server, &own);
+            }
+        });
+        Ok(Self {
+            socket: socket.to_owned(),
+            log,
+        })
+    }
+}
+
+fn connect(client: UnixStream, server: &Path, log: &Arc<DirtyLog>) -> Result<()> {
+    let server = UnixStream::connect(server)?;
+    let (up, down) = ((client.try_clone()?, server.try_clone()?), (server, client));
+    thread::spawn(move || pass_on(up.0, up.1, |_| {}));
+    let log = Arc::clone(log);
+    thread::spawn(move || pass_on(down.0, down.1, |message| log.look_at(message)));
+    Ok(())
+}
+
+/// Passes messages on until one end closes, which closes the other.
+fn pass_on(mut from: UnixStream, mut to: UnixStream, mut change: impl FnMut(&mut [u8])) {
+    while let Ok((mut message, fds)) = receive(&mut from) {
+        change(&mut message);
+        if send(&mut to, &message, &fds).is_err() {
+            break;
+        }
+    }
+    for end in [&from, &to] {
+        // Closed already is as good.
+        let _ = rustix::net::shutdown(end, Shutdown::Both);
+    }
+}
+
+/// One message with its descriptors, which come with its first byte.
+fn receive(from: &mut UnixStream) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let mut message = vec![0; HEADER_SIZE];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MSG_FDS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut parts = [IoSliceMut::new(&mut message)];
+    let got = rustix::net::recvmsg(&*from, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    if got.bytes == 0 {
+        bail!("closed");
+    }
+    let mut fds = Vec::new();
+    for ancillary in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = ancillary {
+            fds.extend(rights);
+        }
+    }
+    from.read_exact(message.get_mut(got.bytes..).unwrap_or_default())?;
+    let size = field(&message, 4).context("no size")?;
+    let size = usize::try_from(size)?;
+    if !(HEADER_SIZE..=MAX_MESSAGE).contains(&size) {
+        bail!("a message of {size} bytes");
+    }
+    message.resize(size, 0);
+    from.read_exact(message.get_mut(HEADER_SIZE..).unwrap_or_default())?;
+    Ok((message, fds))
+}
+
+fn send(to: &mut UnixStream, message: &[u8], fds: &[OwnedFd]) -> Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_MSG_FDS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+        bail!("{} descriptors", fds.len());
+    }
+    let parts = [IoSlice::new(message)];
+    let sent = rustix::net::sendmsg(&*to, &parts, &mut control, SendFlags::NOSIGNAL)?;
+    to.write_all(message.get(sent..).unwrap_or_default())?;
+    Ok(())
+}
+
+/// The 32-bit number at a place in a message, in the host's byte order as the protocol has it.
+fn field(message: &[u8], at: usize) -> Option<u32> {
+    let bytes = message.get(at..)?.first_chunk()?;
+    Some(u32::from_ne_bytes(*bytes))
+}
+
+impl DirtyLog {
+    /// Counts the pages in a DMA_LOGGING_REPORT reply, and zeroes the new ones if it is to forget.
+    fn look_at(&self, message: &mut [u8]) {
+        let Some((first_page, bitmap)) = report(message) else {
+            return;
+        };
+        let forget = self.forget.load(Ordering::Relaxed);
+        let mut seen = self.seen.lock();
+        for (byte, base) in bitmap.iter_mut().zip((first_page..).step_by(8)) {
+            for bit in (0..8)
+                .filter(|bit| *byte & (1 << bit) != 0)
+                .collect::<Vec<u8>>()
+            {
+                self.reported.fetch_add(1, Ordering::Relaxed);
+                if seen.insert(base + u64::from(bit)) && forget {
+                    *byte &= !(1 << bit);
+                    self.forgotten.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+    }
+}
+
+/// The first page's number and the bitmap in a reply to DMA_LOGGING_REPORT, if `message` is one.
+fn report(message: &mut [u8]) -> Option<(u64, &mut [u8])> {
+    let &[_, _, low, high, ..] = &*message else {
+        return None;
+    };
+    let command = u16::from_ne_bytes([low, high]);
+    let flags = field(message, 8)?;
+    let reply = flags & TYPE_MASK == TYPE_REPLY && flags & FLAG_ERROR == 0;
+    if !reply || command != Command::DeviceFeature.number() {
+        return None;
+    }
+    let fixed = message.get(HEADER_SIZE..)?;
+    let (feature, fixed) = FeatureMsg::read_from_prefix(fixed).ok()?;
+    if feature.flags & FEATURE_MASK != Feature::DmaLoggingReport.number() {
+        return None;
+    }
+    let (report, _) = LogReportMsg::read_from_prefix(fixed).ok()?;
+    let first_page = report.iova.checked_div(report.page_size)?;
+    let begin = HEADER_SIZE + size_of::<FeatureMsg>() + size_of::<LogReportMsg>();
+    Some((first_page, message.get_mut(begin..)?))
+}
