@@ -9,6 +9,7 @@ mod io;
 
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -216,6 +217,25 @@ fn tune_unix(socket: &OwnedFd) {
     }
 }
 
+/// Whether `path` is a socket that belongs to nobody any more.
+///
+/// A living listener is not disturbed by the question: a socket of another type cannot connect to
+/// it, which the kernel says (`EPROTOTYPE`) only if there is one.
+fn is_left_over(path: &Path, target: &SocketAddrUnix) -> bool {
+    let is_socket = |found: std::fs::Metadata| found.file_type().is_socket();
+    if !path.symlink_metadata().is_ok_and(is_socket) {
+        return false;
+    }
+    let probe = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::DGRAM,
+        SocketFlags::CLOEXEC,
+        None,
+    );
+    let answer = probe.and_then(|probe| rustix::net::connect(&probe, target));
+    answer == Err(rustix::io::Errno::CONNREFUSED)
+}
+
 /// Waits for a source to connect.
 #[derive(Debug)]
 pub struct Listener {
@@ -226,8 +246,9 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens on `address`. A unix socket is made with mode 0600 and removed on drop; TCP port
-    /// 0 takes any free one, told by [`address`](Self::address).
+    /// Listens on `address`. A unix socket is made with mode 0600 and removed on drop; one that a
+    /// destination that died left behind is replaced. TCP port 0 takes any free one, told by
+    /// [`address`](Self::address).
     pub fn bind(address: &Address) -> Result<Self, TransportError> {
         match address {
             Address::Unix(path) => Self::bind_unix(address, path),
@@ -251,7 +272,17 @@ impl Listener {
         // Linux makes the file with the mode the socket has at bind: there is no moment at which
         // others could connect.
         rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(failed)?;
-        rustix::net::bind(&socket, &target).map_err(failed)?;
+        match rustix::net::bind(&socket, &target) {
+            Err(rustix::io::Errno::ADDRINUSE) if is_left_over(path, &target) => {
+                let removed = std::fs::remove_file(path);
+                removed.map_err(|cause| TransportError::Listen {
+                    address: address.clone(),
+                    cause,
+                })?;
+                rustix::net::bind(&socket, &target).map_err(failed)?;
+            }
+            bound => bound.map_err(failed)?,
+        }
         let listener = Self {
             socket,
             address: address.clone(),

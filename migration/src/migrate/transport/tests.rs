@@ -54,6 +54,24 @@ fn a_taken_path_is_named() {
 }
 
 #[test]
+fn a_socket_left_behind_is_replaced_and_a_living_one_is_not_disturbed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m");
+    let address: Address = format!("unix:{}", path.display()).parse().unwrap();
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let listener = Listener::bind(&address).unwrap();
+    let error = Listener::bind(&address).unwrap_err();
+    assert!(matches!(error, TransportError::Listen { .. }), "{error}");
+    let cancel = CancelHandle::new().unwrap();
+    let accepted = listener.accept(Some(Duration::from_millis(1)), &cancel);
+    assert!(matches!(accepted, Err(TransportError::NobodyCame { .. })));
+    drop(listener);
+    std::fs::write(&path, "precious").unwrap();
+    assert!(Listener::bind(&address).is_err());
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+}
+
+#[test]
 fn nobody_listening_is_told_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let cancel = CancelHandle::new().unwrap();
