@@ -115,7 +115,7 @@ pub enum MigrationError {
         reason: String,
     },
     /// The migration failed, and so did a part of putting things back.
-    #[error("the migration failed, and afterwards: {}", problems.join("; "))]
+    #[error("not all could be put back ({}) after the migration failed", problems.join("; "))]
     RollBack {
         /// Why it failed.
         #[source]
