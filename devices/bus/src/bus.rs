@@ -83,6 +83,14 @@ impl Bus {
         self.ranges.write().remove(&base).map(|range| range.device)
     }
 
+    /// Takes all devices away. A machine does so in its end: a device that answers here and also
+    /// moves others about (a PCI root) holds the bus that holds it.
+    pub fn clear(&self) {
+        let ranges = std::mem::take(&mut *self.ranges.write());
+        // Not under the lock: nobody knows what a device does when it is dropped.
+        drop(ranges);
+    }
+
     /// The device at `address` and the offset in its range. An access that starts in a device and
     /// runs past its end is the device's to judge.
     fn find(&self, address: u64) -> Option<(Arc<dyn BusDevice>, u64)> {
@@ -154,7 +162,10 @@ mod tests {
         bus.write(0x104, &[9, 8]);
         assert_eq!(*device.written.lock(), [(4, vec![9, 8])]);
         bus.remove(0x100).unwrap();
-        assert_eq!(byte(&bus, 0x100), 0xff);
+        assert_eq!([byte(&bus, 0x100), byte(&bus, 0x110)], [0xff, 2]);
+        bus.clear();
+        assert_eq!(byte(&bus, 0x110), 0xff);
+        assert_eq!(Arc::strong_count(&device), 1);
     }
 
     #[test]

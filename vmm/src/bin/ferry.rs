@@ -1,5 +1,6 @@
 //! The VMM's process.
 
+use std::io::IsTerminal;
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,

@@ -46,11 +46,26 @@ pub struct Host {
 /// The fields are dropped in this order: vCPUs first, so that nobody calls a device that is gone.
 pub struct Machine {
     vcpus: Arc<Vcpus>,
+    _spaces: Spaces,
     devices: Devices,
     vm: Arc<dyn Vm>,
     slots: Vec<MemorySlot>,
     ram: Ram,
     cpuid: Cpuid,
+}
+
+/// The address spaces. The PCI root on them maps BARs on them, so that they would hold each other
+/// for ever, and with them all devices and memory.
+struct Spaces {
+    pio: Arc<Bus>,
+    mmio: Arc<Bus>,
+}
+
+impl Drop for Spaces {
+    fn drop(&mut self) {
+        self.pio.clear();
+        self.mmio.clear();
+    }
 }
 
 impl Machine {
@@ -68,7 +83,10 @@ impl Machine {
         let slots = add_memory(&*vm, &ram)?;
         let interrupts =
             InterruptManager::new(Arc::clone(&vm)).map_err(MachineError::Interrupts)?;
-        let (pio, mmio) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+        let spaces = Spaces {
+            pio: Arc::new(Bus::new()),
+            mmio: Arc::new(Bus::new()),
+        };
         let devices = Devices::new(
             config,
             host,
@@ -76,8 +94,8 @@ impl Machine {
                 vm: &vm,
                 ram: &ram,
                 interrupts: &interrupts,
-                pio: &pio,
-                mmio: &mmio,
+                pio: &spaces.pio,
+                mmio: &spaces.mmio,
             },
         )?;
         let cpus = (0..config.cpus.boot_vcpus)
@@ -85,8 +103,8 @@ impl Machine {
             .collect::<Result<Vec<_>, _>>()
             .map_err(MachineError::hypervisor("create a vCPU"))?;
         let around = Surroundings {
-            pio,
-            mmio,
+            pio: Arc::clone(&spaces.pio),
+            mmio: Arc::clone(&spaces.mmio),
             exits: host.exits.clone(),
         };
         let vcpus = Vcpus::start(cpus, around, &host.spawner).map_err(MachineError::Vcpu)?;
@@ -96,6 +114,7 @@ impl Machine {
             .map_err(MachineError::hypervisor("tell the CPU features"))?;
         Ok(Self {
             vcpus: Arc::new(vcpus),
+            _spaces: spaces,
             devices,
             vm,
             slots,

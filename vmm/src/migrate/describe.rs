@@ -132,6 +132,17 @@ fn passthrough_entry(id: &str, device: &Passthrough) -> DeviceManifest {
 /// What keeps the VM of `theirs` from running on `machine`, built here from its configuration.
 pub(super) fn misfits(theirs: &Manifest, machine: &Machine) -> Vec<Refusal> {
     let mut refusals = cpu_misfits(theirs, machine);
+    let here = machine.vcpus().cpus().len();
+    if usize::try_from(theirs.vcpus) != Ok(here) {
+        refusals.push(Refusal::new(
+            "vcpus",
+            format!(
+                "the source names {}, its configuration {here}",
+                theirs.vcpus
+            ),
+            "run the same release of Ferry on both sides",
+        ));
+    }
     for here in devices(machine) {
         let Some(there) = theirs.devices.iter().find(|there| there.id == here.id) else {
             // The engine compares the sets and names what is missing.
