@@ -19,12 +19,12 @@ use crate::api::{
 use crate::config::VmConfig;
 use crate::machine::Host;
 use crate::metrics;
-use crate::migrate::{Arrived, MigrateError, Receiving, Sending, Tools};
+use crate::migrate::{Arrived, MigrateError, Receiving, SendFailure, Sending, Tools};
 use crate::notice::{self, ExitReason, NoticeInbox, NoticeSender};
 use crate::signals::Signals;
 use guest::Guest;
 
-type Sent = Result<Report, MigrateError>;
+type Sent = Result<Report, SendFailure>;
 type Received = Result<Box<Arrived>, MigrateError>;
 
 /// The migration that is going on or went last.
@@ -298,10 +298,11 @@ impl Control {
                 self.guest = Guest::None;
                 false
             }
-            Err(error) => {
-                tracing::error!(error = %ErrorChain(&error), "the guest could not be migrated");
-                if error.guest_is_paused() {
-                    self.guest.stands_still();
+            Err(failure) => {
+                let error = ErrorChain(&failure.error);
+                tracing::error!(%error, "the guest could not be migrated");
+                if let Some(stranded) = failure.stranded {
+                    self.guest.strand(stranded);
                     return false;
                 }
                 postponed.is_some_and(|reason| self.guest_wants(reason))

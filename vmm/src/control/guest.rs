@@ -8,7 +8,7 @@ use crate::api::{ApiError, Counters, VmInfo, VmState};
 use crate::config::VmConfig;
 use crate::machine::{Host, Machine, MachineError};
 use crate::metrics::VmSnapshot;
-use crate::migrate::Arrived;
+use crate::migrate::{Arrived, Stranded};
 
 /// What there is of a VM.
 pub(super) enum Guest {
@@ -23,13 +23,23 @@ pub(super) enum Guest {
     },
     /// A built VM.
     On {
+        /// Whether it runs.
+        pace: Pace,
         /// Its configuration.
         config: Box<VmConfig>,
         /// The VM.
         machine: Box<Machine>,
-        /// Its vCPUs and devices stand still.
-        paused: bool,
     },
+}
+
+/// Whether a built VM runs. Dropped before the machine, whose devices a stranded one holds.
+pub(super) enum Pace {
+    /// vCPUs and devices run.
+    Running,
+    /// They stand still, as somebody asked.
+    Paused,
+    /// They stand still since a migration that ended in the dark: the guest may run elsewhere.
+    Stranded(Stranded),
 }
 
 fn internal(error: &MachineError) -> ApiError {
@@ -42,7 +52,7 @@ impl Guest {
         Self::On {
             config: Box::new(arrived.config),
             machine: Box::new(arrived.machine),
-            paused: false,
+            pace: Pace::Running,
         }
     }
 
@@ -72,7 +82,7 @@ impl Guest {
         *self = Self::On {
             config: config.clone(),
             machine: Box::new(machine),
-            paused: false,
+            pace: Pace::Running,
         };
         host.events.tell(Event::Booted);
         Ok(())
@@ -81,7 +91,7 @@ impl Guest {
     pub(super) fn pause(&mut self, events: &EventMonitor) -> Result<(), ApiError> {
         let Self::On {
             machine,
-            paused: paused @ false,
+            pace: pace @ Pace::Running,
             ..
         } = self
         else {
@@ -89,23 +99,36 @@ impl Guest {
         };
         events.tell(Event::Pausing);
         machine.pause().map_err(|error| internal(&error))?;
-        *paused = true;
+        *pace = Pace::Paused;
         events.tell(Event::Paused);
         Ok(())
     }
 
     pub(super) fn resume(&mut self, events: &EventMonitor) -> Result<(), ApiError> {
-        let Self::On {
-            machine,
-            paused: paused @ true,
-            ..
-        } = self
-        else {
-            return Err(self.cannot("resume"));
+        let (machine, pace) = match self {
+            Self::On {
+                pace: Pace::Running,
+                ..
+            }
+            | Self::None
+            | Self::Off { .. } => return Err(self.cannot("resume")),
+            Self::On { machine, pace, .. } => (machine, pace),
         };
         events.tell(Event::Resuming);
-        machine.resume().map_err(|error| internal(&error))?;
-        *paused = false;
+        match std::mem::replace(pace, Pace::Running) {
+            Pace::Stranded(stranded) => {
+                tracing::warn!("the guest that was handed over is resumed here, by request");
+                for problem in stranded.take_back() {
+                    tracing::error!(problem, "after taking the guest back");
+                }
+            }
+            Pace::Paused | Pace::Running => {
+                if let Err(error) = machine.resume() {
+                    *pace = Pace::Paused;
+                    return Err(internal(&error));
+                }
+            }
+        }
         events.tell(Event::Resumed);
         Ok(())
     }
@@ -137,16 +160,16 @@ impl Guest {
             Self::On {
                 config,
                 machine,
-                paused: false,
+                pace: Pace::Running,
             } => Ok((config, machine)),
             Self::None | Self::Off { .. } | Self::On { .. } => Err(self.cannot(what)),
         }
     }
 
     /// A migration left the guest standing still.
-    pub(super) fn stands_still(&mut self) {
-        if let Self::On { paused, .. } = self {
-            *paused = true;
+    pub(super) fn strand(&mut self, stranded: Stranded) {
+        if let Self::On { pace, .. } = self {
+            *pace = Pace::Stranded(stranded);
         }
     }
 
@@ -156,14 +179,10 @@ impl Guest {
             Self::Off { config, state } => Some((config, *state)),
             Self::On {
                 config,
-                paused: true,
-                ..
-            } => Some((config, VmState::Paused)),
-            Self::On {
-                config,
-                paused: false,
+                pace: Pace::Running,
                 ..
             } => Some((config, VmState::Running)),
+            Self::On { config, .. } => Some((config, VmState::Paused)),
         }
     }
 
@@ -215,8 +234,12 @@ impl Guest {
                     "shut down"
                 }
             )),
-            Self::On { paused, .. } => {
-                let state = if *paused { "paused" } else { "running" };
+            Self::On { pace, .. } => {
+                let state = match pace {
+                    Pace::Running => "running",
+                    Pace::Paused => "paused",
+                    Pace::Stranded(_) => "paused, as it was handed over to another host",
+                };
                 ApiError::conflict(format!("cannot {what} a VM that is {state}"))
             }
         }

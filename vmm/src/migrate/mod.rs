@@ -12,7 +12,7 @@ mod receive;
 mod send;
 
 pub use receive::{Arrived, Receiving};
-pub use send::{Sending, Tools};
+pub use send::{SendFailure, Sending, Stranded, Tools};
 
 use event_monitor::EventMonitor;
 use vm_migration::migrate::{MigrationError, MigrationEvent, Side, Status, TransportError};
@@ -49,7 +49,7 @@ pub enum MigrateError {
 impl MigrateError {
     /// Whether the guest stands still here and must not simply go on: it may run at the
     /// destination.
-    pub fn guest_is_paused(&self) -> bool {
+    fn guest_is_paused(&self) -> bool {
         matches!(self, Self::Engine(error) if error.guest_is_paused())
     }
 }

@@ -73,9 +73,9 @@ impl Sending {
                     migrate::source::run(&mut parts, connection, &params, &own_status, &mut tell)
                         .map_err(MigrateError::Engine)
                 });
-            // The parts hold the machine's devices; let go of them before the control loop does.
-            drop(parts);
-            done.send(result);
+            // The parts hold the machine's devices: they are let go of before the control loop does,
+            // or go to it.
+            done.send(result.map_err(|error| SendFailure::new(error, parts)));
         };
         let thread = tools
             .spawner
@@ -118,7 +118,39 @@ pub struct Tools {
     /// Where events go.
     pub events: EventMonitor,
     /// Where the end is told.
-    pub done: NoticeSender<Result<Report, MigrateError>>,
+    pub done: NoticeSender<Result<Report, SendFailure>>,
+}
+
+/// A guest could not be moved.
+pub struct SendFailure {
+    /// Why.
+    pub error: MigrateError,
+    /// The guest, if it stands still because nobody here knows whether it runs at the destination.
+    /// Else it runs on here.
+    pub stranded: Option<Stranded>,
+}
+
+impl SendFailure {
+    fn new(error: MigrateError, parts: SourceParts) -> Self {
+        let paused = error.guest_is_paused();
+        Self {
+            error,
+            stranded: paused.then(|| Stranded(Box::new(parts))),
+        }
+    }
+}
+
+/// A guest that was handed over to a destination which never said that it runs there. Its dirty
+/// logs still run and its devices are stopped as for a migration, which only the migration's own
+/// parts can undo.
+pub struct Stranded(Box<SourceParts>);
+
+impl Stranded {
+    /// Lets the guest run here, for an operator who knows that it does not run there. All is
+    /// tried; gives what failed.
+    pub fn take_back(mut self) -> Vec<String> {
+        self.0.take_back()
+    }
 }
 
 /// All writers of guest memory.
