@@ -13,6 +13,7 @@
 //! * [`netns`], [`network`], [`traffic`]: namespaces, bridges and taps, and packets through them.
 
 pub mod api;
+pub mod channel_proxy;
 pub mod console;
 pub mod demo;
 pub mod ferry;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
+use crate::channel_proxy::{ChannelProxy, Judge};
 use crate::ferry::{Ferry, phase_name};
 use crate::vm::Vm;
 
@@ -47,6 +48,16 @@ impl Route {
             send: json!({}),
             receive: json!({}),
         }
+    }
+
+    /// The same with a man in the middle.
+    ///
+    /// # Errors
+    /// As [`ChannelProxy::start`].
+    pub fn through(mut self, dir: &Path, judge: Judge) -> Result<(Self, ChannelProxy)> {
+        let proxy = ChannelProxy::start(dir, &self.listen, judge)?;
+        self.send_to.clone_from(&proxy.url);
+        Ok((self, proxy))
     }
 
     /// The same with these properties of `vm.send-migration`.
@@ -174,4 +185,49 @@ impl Vm {
         };
         Ok((left, moved))
     }
+
+    /// Starts a migration that shall fail and waits until it has; gives the reason the source
+    /// tells. The guest must run on here as if nothing had been.
+    ///
+    /// # Errors
+    /// When it succeeds, does not end within `limit`, or leaves the guest other than it was.
+    pub fn migrate_in_vain(
+        &mut self,
+        destination: &Ferry,
+        route: &Route,
+        limit: Duration,
+    ) -> Result<String> {
+        self.pull()?;
+        route.open(destination)?;
+        route.go(&self.ferry)?;
+        let why = self.stays(limit)?;
+        Ok(why)
+    }
+
+    /// Waits until a migration that was started has failed, and finds the guest unharmed; gives
+    /// the reason.
+    ///
+    /// # Errors
+    /// As [`Vm::migrate_in_vain`].
+    pub fn stays(&mut self, limit: Duration) -> Result<String> {
+        let status = self.ferry.wait_migration(limit)?;
+        let phase = phase_name(&status);
+        ensure!(phase == "aborted", "the migration ended {phase}: {status}");
+        self.check_runs()?;
+        self.verify_clean()?;
+        let why = status["aborted"].as_str().context("no reason")?;
+        Ok(why.to_owned())
+    }
+}
+
+/// Finds that nothing arrived at `destination`, which is alive and ready for another try.
+///
+/// # Errors
+/// What is wrong.
+pub fn check_nothing_arrived(destination: &mut Ferry) -> Result<()> {
+    destination.process.check()?;
+    let status = destination.wait_migration(Duration::from_secs(30))?;
+    ensure!(phase_name(&status) == "aborted", "destination: {status}");
+    ensure!(!destination.has_vm()?, "there is a VM at the destination");
+    Ok(())
 }

@@ -6,9 +6,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use e2e::ferry::Ferry;
+use e2e::ferry::{Ferry, Nic};
 use e2e::guest_output::{GuestLog, Line};
 use e2e::host;
+use e2e::network::Network;
 use e2e::process::wait_for;
 use e2e::vm::{Ram, Vm, VmSpec};
 use hyper::Method;
@@ -302,6 +303,56 @@ fn filters(pid: u32) -> Result<Vec<(String, String)>> {
         all.push((field("Name:"), field("Seccomp:")));
     }
     Ok(all)
+}
+
+/// What a process holds: descriptors, threads, and MiB of memory mapped shared.
+fn holdings(pid: u32) -> Result<[usize; 3]> {
+    let count = |what: &str| -> Result<usize> {
+        Ok(std::fs::read_dir(format!("/proc/{pid}/{what}"))?.count())
+    };
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let shared = maps
+        .lines()
+        .filter(|line| line.contains("memfd"))
+        .filter_map(|line| {
+            let (first, end) = line.split_once(' ')?.0.split_once('-')?;
+            let size = u64::from_str_radix(end, 16).ok()? - u64::from_str_radix(first, 16).ok()?;
+            usize::try_from(size >> 20).ok()
+        });
+    Ok([count("fd")?, count("task")?, shared.sum()])
+}
+
+/// A VM that is gone leaves nothing behind in its process.
+#[test]
+fn nothing_is_left_of_a_vm() -> Result<()> {
+    let Some(_turn) = host::network_turn("nothing_is_left_of_a_vm")? else {
+        return Ok(());
+    };
+    let dir = tempfile::tempdir()?;
+    let (net, card) = (Network::new(0)?, Network::new(1)?);
+    let nic = Nic::start(dir.path(), "card", &card.tap(0), &["--mac", &card.mac()])?;
+    let mut spec = VmSpec::new(64, "mem=16");
+    spec.nets = vec![net.device(0)];
+    spec.user_devices = vec![json!({"id": card.id(), "socket": nic.socket})];
+    let mut ferry = Ferry::start(dir.path(), "vm", &[])?;
+    let mut before = None;
+    for _ in 0..4 {
+        let vm = Vm::boot_in(ferry, &spec)?;
+        vm.ferry.api.put("vm.delete", None)?;
+        ferry = vm.ferry;
+        let pid = ferry.process.id();
+        ensure!(holdings(pid)?[2] == 0, "guest memory is still mapped");
+        // The first VM leaves what all share. API connections take a moment to end.
+        if let Some(before) = before {
+            let same = || Ok((holdings(pid)? == before).then_some(()));
+            wait_for("an end", Duration::from_secs(2), same)
+                .with_context(|| format!("{before:?}, then {:?}", holdings(pid)))?;
+        } else {
+            std::thread::sleep(Duration::from_millis(200));
+            before = Some(holdings(pid)?);
+        }
+    }
+    ferry.shut_down()
 }
 
 /// A serial port on a socket takes clients as they come, and their bytes to the guest.
