@@ -134,11 +134,6 @@ impl Cpuid {
         String::from_utf8_lossy(bytes.as_flattened()).into_owned()
     }
 
-    /// Bits of guest physical addresses (leaf 0x8000_0008; 36 where there is none).
-    pub fn physical_address_bits(&self) -> u32 {
-        self.get(0x8000_0008, 0).map_or(36, |leaf| leaf.eax & 0xff)
-    }
-
     /// Sets or clears the TSC deadline timer's bit.
     pub(crate) fn set_tsc_deadline(&mut self, on: bool) {
         for entry in self.entries.iter_mut().filter(|e| e.function == 1) {

@@ -96,9 +96,9 @@ impl ConfigSpace {
     /// Takes over the image of a real device (64 to 4096 bytes), for passthrough.
     ///
     /// All of it is read-only but for the header's usual registers and the MSI-X control bits;
-    /// BARs, expansion ROM and interrupt pin are cleared. The caller adds the BARs it implements,
-    /// opens further registers with [`set_writable`](Self::set_writable) and removes capabilities
-    /// it does not serve with [`hide_capability`](Self::hide_capability).
+    /// BARs, expansion ROM and interrupt pin are cleared. The caller adds the BARs it implements
+    /// and removes capabilities it does not serve with
+    /// [`hide_capability`](Self::hide_capability).
     ///
     /// # Errors
     /// If the image is not an endpoint's or its capability list is malformed.
@@ -391,16 +391,6 @@ impl ConfigSpace {
         self.command() & command::MEMORY != 0
     }
 
-    /// Whether port I/O BARs are decoded.
-    pub fn io_enabled(&self) -> bool {
-        self.command() & command::IO != 0
-    }
-
-    /// Whether the device may access memory.
-    pub fn bus_master(&self) -> bool {
-        self.command() & command::BUS_MASTER != 0
-    }
-
     /// A byte; all ones past the end.
     pub fn u8(&self, offset: u16) -> u8 {
         let [byte] = self.get(offset);
@@ -424,16 +414,6 @@ impl ConfigSpace {
     pub fn set_bytes(&mut self, offset: u16, bytes: &[u8]) -> Result<(), ConfigError> {
         self.check(offset, bytes.len())?;
         self.put(offset, bytes);
-        Ok(())
-    }
-
-    /// Sets the write mask: set bits are the guest's to write.
-    ///
-    /// # Errors
-    /// If the bytes do not lie in configuration space.
-    pub fn set_writable(&mut self, offset: u16, mask: &[u8]) -> Result<(), ConfigError> {
-        self.check(offset, mask.len())?;
-        self.mask(offset, mask);
         Ok(())
     }
 

@@ -148,15 +148,6 @@ impl ApiReceiver {
     pub fn wait(self) -> Result<ApiReply, ApiError> {
         self.0.blocking_recv().unwrap_or_else(|_| Err(dropped()))
     }
-
-    /// The answer if it is there already.
-    pub fn try_answer(&mut self) -> Option<Result<ApiReply, ApiError>> {
-        match self.0.try_recv() {
-            Ok(answer) => Some(answer),
-            Err(oneshot::error::TryRecvError::Empty) => None,
-            Err(oneshot::error::TryRecvError::Closed) => Some(Err(dropped())),
-        }
-    }
 }
 
 fn dropped() -> ApiError {

@@ -148,7 +148,7 @@ fn save_and_restore() {
     let state = source.save();
     let mut target = sample();
     target.restore(&state).unwrap();
-    assert!(target.memory_enabled() && target.bus_master() && !target.io_enabled());
+    assert_eq!(target.command(), command::MEMORY | command::BUS_MASTER);
     assert_eq!(target.bar(0).unwrap().address, 0x1_0000_0000);
 
     let mut other = ConfigSpace::new(&Identity {
