@@ -19,6 +19,7 @@
 //! `profile.rs` is the one table of who may do what; `filter.rs` makes a program of a profile;
 //! `handler.rs` says what was forbidden; `names.rs` knows the system calls.
 
+mod allocator;
 mod filter;
 mod handler;
 mod mode;
@@ -73,9 +74,9 @@ pub enum SeccompError {
     /// `SIGSYS` could not be caught.
     #[error("cannot handle SIGSYS")]
     Signal(#[source] io::Error),
-    /// The allocator could not be prepared.
-    #[error("cannot start a thread to prepare the allocator")]
-    Prepare(#[source] io::Error),
+    /// The allocator could not be kept from opening files.
+    #[error("cannot prepare the allocator for confined threads")]
+    Allocator(#[source] io::Error),
     /// There is no program for the kind: no thread of this program is known to start it.
     #[error(
         "there is no seccomp filter for {kind:?} threads; add the kind to what its maker `starts` in sandbox/src/profile.rs"
@@ -96,7 +97,7 @@ pub struct Filters {
 impl Filters {
     /// Compiles the filters for a main thread of kind `main`, for all it starts, and so on, and
     /// catches `SIGSYS` if they are to be enforced. `program` is what messages begin with; the
-    /// first call of a process decides. To be called early, before much memory has been allocated.
+    /// first call of a process decides. To be called before there are other threads.
     ///
     /// # Errors
     /// [`SeccompError`] if a profile is wrong or the signal cannot be caught.
@@ -109,7 +110,7 @@ impl Filters {
             handler::install(program).map_err(SeccompError::Signal)?;
         }
         if mode != SeccompMode::Off {
-            prepare_allocator().map_err(SeccompError::Prepare)?;
+            allocator::keep_to_one_arena().map_err(SeccompError::Allocator)?;
             // rustix asks for the auxiliary vector (prctl, or its file in /proc) at first use.
             rustix::param::page_size();
         }
@@ -145,17 +146,6 @@ impl Filters {
         let filters = self.clone();
         ThreadSpawner::new(move |kind| filters.confine(kind).map_err(io::Error::other))
     }
-}
-
-/// Makes glibc's allocator read `/proc/sys/vm/overcommit_memory` now. It does so once per process,
-/// when a thread other than the main one first gives memory back, and later that thread would be
-/// confined and may open nothing.
-fn prepare_allocator() -> io::Result<()> {
-    // Each block is smaller than what is mapped by itself (128 KiB), together they are more than
-    // what is kept (128 KiB too).
-    let give_back = || drop(std::hint::black_box(vec![vec![1u8; 100 << 10]; 8]));
-    let thread = std::thread::Builder::new().spawn(give_back)?;
-    thread.join().map_err(|_| io::ErrorKind::Other.into())
 }
 
 /// A kind's name, for messages.

@@ -392,8 +392,8 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
             ],
         },
         ThreadKind::Signal => Profile {
-            calls: &[RUNTIME, SIGNALS],
-            ioctls: &[TTY],
+            calls: &[RUNTIME, SIGNALS, SOCKETS],
+            ioctls: &[],
             executable: false,
             starts: &[],
         },

@@ -2,6 +2,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::process::{Command, Output};
+use std::sync::Barrier;
 use std::time::Duration;
 
 use super::*;
@@ -12,6 +13,11 @@ const CHILD: &str = "FERRY_SANDBOX_TEST";
 /// Runs `body` in a process of its own: this test program again, with this test alone. `test` is
 /// the test's own name.
 fn in_child(test: &str, body: impl FnOnce()) -> Output {
+    // As Filters::new has it in a program, where there are no threads before.
+    in_child_with(test, &[("MALLOC_ARENA_MAX", "1")], body)
+}
+
+fn in_child_with(test: &str, environment: &[(&str, &str)], body: impl FnOnce()) -> Output {
     if std::env::var(CHILD).is_ok_and(|name| name == test) {
         body();
         std::process::exit(0);
@@ -19,7 +25,8 @@ fn in_child(test: &str, body: impl FnOnce()) -> Output {
     let program = std::env::current_exe().unwrap();
     let mut child = Command::new(program);
     child.args(["--exact", &format!("tests::{test}"), "--nocapture"]);
-    child.env(CHILD, test).output().unwrap()
+    child.env(CHILD, test).envs(environment.iter().copied());
+    child.output().unwrap()
 }
 
 /// The kinds of main threads: all others are started by them.
@@ -197,6 +204,28 @@ fn a_confined_thread_can_start_those_of_its_profile() {
             worker.unwrap().join().unwrap();
         });
         vcpu.unwrap().join().unwrap();
+    });
+    fine(&output);
+}
+
+#[test]
+fn many_threads_at_once_open_no_files() {
+    let output = in_child_with("many_threads_at_once_open_no_files", &[], || {
+        let filters = filters(ThreadKind::Vcpu, SeccompMode::Enforce);
+        let spawner = filters.spawner();
+        filters.confine(ThreadKind::Vcpu).unwrap();
+        let all = Arc::new(Barrier::new(20));
+        let start = |_| {
+            let all = Arc::clone(&all);
+            let wait = move || {
+                all.wait();
+            };
+            spawner.spawn(ThreadKind::VirtioNet, "net", wait).unwrap()
+        };
+        let threads: Vec<_> = (0..20).map(start).collect();
+        for thread in threads {
+            thread.join().unwrap();
+        }
     });
     fine(&output);
 }

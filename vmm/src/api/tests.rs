@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use axum::http::Method;
-use devices::ThreadKind;
+use devices::{ThreadKind, ThreadSpawner};
 use hyper::body::Bytes;
 use sandbox::{Filters, SeccompMode};
 use serde_json::{Value, json};
@@ -27,15 +27,16 @@ struct Fixture {
 }
 
 impl Fixture {
-    /// The server is confined as in `ferry`: a call its filter forbids ends the test program with
-    /// a message.
     fn new() -> Self {
-        let filters = Filters::new("vmm tests", ThreadKind::Api, SeccompMode::Enforce).unwrap();
+        Self::with(&ThreadSpawner::unconfined())
+    }
+
+    fn with(spawner: &ThreadSpawner) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("api.sock");
         let (handle, inbox) = channel().unwrap();
         let listener = ApiListener::bind(&socket).unwrap();
-        let server = ApiServer::start(listener, handle, &filters.spawner()).unwrap();
+        let server = ApiServer::start(listener, handle, spawner).unwrap();
         Self {
             _dir: dir,
             socket,
@@ -322,6 +323,37 @@ fn stopping_lets_the_last_answer_out_and_removes_the_socket() {
     );
     assert!(!fixture.socket.exists());
     drop(idle);
+}
+
+/// In a process of its own, which a forbidden call ends with a message.
+#[test]
+fn the_api_is_served_under_its_filter() {
+    const CHILD: &str = "FERRY_API_TEST_CONFINED";
+    if std::env::var_os(CHILD).is_none() {
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        let test = "api::tests::the_api_is_served_under_its_filter";
+        child.args(["--exact", test, "--nocapture"]);
+        // As Filters::new has it in ferry, where there are no threads before.
+        child.envs([(CHILD, "1"), ("MALLOC_ARENA_MAX", "1")]);
+        let output = child.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        return;
+    }
+    let filters = Filters::new("test", ThreadKind::Api, SeccompMode::Enforce).unwrap();
+    let mut fixture = Fixture::with(&filters.spawner());
+    let answer = fixture.ask(Method::GET, "vm.metrics", "");
+    let long = ApiReply::Metrics("x".repeat(1 << 20));
+    fixture.next().1.respond(Ok(long));
+    assert_eq!(answer.join().unwrap().unwrap().len(), 1 << 20);
+    assert_eq!(fixture.refused(Method::GET, "vm.nothing", "").0, 404);
+    let large = "x".repeat(MAX_BODY_BYTES + 1);
+    assert_eq!(fixture.refused(Method::PUT, "vm.create", &large).0, 413);
+    let mut garbage = UnixStream::connect(&fixture.socket).unwrap();
+    garbage.write_all(b"\0\0\r\n\r\n").unwrap();
+    let _ = garbage.read(&mut [0; 64]);
+    fixture.server.take().unwrap().stop();
+    assert!(!fixture.socket.exists());
 }
 
 #[test]
