@@ -147,11 +147,13 @@ impl Ferry {
     pub fn wait_serial(&mut self, text: &str, limit: Duration) -> Result<String> {
         let result = wait_for(&format!("{text:?} from the guest"), limit, || {
             let serial = self.serial();
-            let found = serial.lines().find(|line| line.contains(text));
+            // A line without its end may be half of one.
+            let mut lines = serial.split_inclusive('\n');
+            let found = lines.find(|line| line.ends_with('\n') && line.contains(text));
             if found.is_none() {
                 self.process.check()?;
             }
-            Ok(found.map(str::to_owned))
+            Ok(found.map(|line| line.trim_end().to_owned()))
         });
         result.with_context(|| self.last_words())
     }
