@@ -215,7 +215,9 @@ impl Linux {
         // The VMM closes the console with the old machine.
         wait_for("the end of the old machine", BOOT, || {
             let answer = self.shell.run("true", Duration::from_secs(1));
-            Ok(answer.is_err_and(|error| error.is::<ConsoleClosed>()).then_some(()))
+            Ok(answer
+                .is_err_and(|error| error.is::<ConsoleClosed>())
+                .then_some(()))
         })
         .with_context(|| self.ferry.last_words())?;
         self.boots += 1;

@@ -148,6 +148,7 @@ fn dsdt() -> Sdt {
     let mut aml = Vec::new();
     pci_root(&mut aml);
     serial(&mut aml);
+    real_time_clock(&mut aml);
     // \_S5: the sleep type that means off, as the sleep control register takes it.
     Name::new(
         "_S5_".into(),
@@ -208,4 +209,18 @@ fn serial(aml: &mut Vec<u8>) {
     let ddn = Name::new("_DDN".into(), &name);
     let port = Device::new("COM1".into(), vec![&hid, &uid, &ddn, &crs]);
     Scope::new(Path::new("\\_SB_"), vec![&port]).to_aml_bytes(aml);
+}
+
+/// The clock without its interrupt, which it never raises: a guest that takes the interrupt for
+/// granted, as Linux does of a clock that no table tells of, gets none and gives the clock up.
+fn real_time_clock(aml: &mut Vec<u8>) {
+    // Two ports fit in a byte.
+    let count = u8::try_from(devices::rtc::PORTS).unwrap_or(u8::MAX);
+    let ports = IO::new(devices::rtc::BASE_PORT, devices::rtc::BASE_PORT, 1, count);
+    let resources = ResourceTemplate::new(vec![&ports]);
+    let crs = Name::new("_CRS".into(), &resources);
+    let hid = Name::new("_HID".into(), &EISAName::new("PNP0B00"));
+    let uid = Name::new("_UID".into(), &ZERO);
+    let clock = Device::new("RTC0".into(), vec![&hid, &uid, &crs]);
+    Scope::new(Path::new("\\_SB_"), vec![&clock]).to_aml_bytes(aml);
 }
