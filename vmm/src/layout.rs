@@ -8,6 +8,7 @@
 //!   0x0002_0000    kernel command line
 //!   0x000a_0000    end of conventional memory
 //!   0x000e_0000    ACPI tables
+//!   0x000f_fff0    reset vector
 //!   0x0010_0000    kernel
 //! 0xc000_0000  PCI memory window
 //! 0xe800_0000  PCI ECAM, one bus
@@ -46,7 +47,9 @@ pub const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// search (ACPI 6.5, 5.2.5.1).
 pub const ACPI_START: u64 = 0xe_0000;
 /// End of the area for ACPI tables.
-pub const ACPI_END: u64 = 0x10_0000;
+pub const ACPI_END: u64 = RESET_VECTOR;
+/// Where real-mode code jumps to reset the machine: `f000:fff0`.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Start of extended memory, and where a bzImage's 64-bit code may be loaded.
 pub const KERNEL_START: u64 = 0x10_0000;
 /// First address of the PCI memory window.

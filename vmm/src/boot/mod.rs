@@ -6,6 +6,7 @@
 mod bzimage;
 mod pvh;
 mod regs;
+mod reset_vector;
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -131,6 +132,7 @@ pub fn load(memory: &GuestMemory, payload: &Payload<'_>) -> Result<EntryState, B
     kernel.read_exact(&mut magic).map_err(cause)?;
     kernel.seek(SeekFrom::Start(0)).map_err(cause)?;
     write_cmdline(memory, payload.cmdline)?;
+    reset_vector::write_reset_vector(memory)?;
     if magic == *b"\x7fELF" {
         load_elf(memory, payload, kernel)
     } else {
