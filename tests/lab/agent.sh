@@ -4,8 +4,9 @@
 # `NUMBER: `, and then `NUMBER! STATUS`. Requests are served one by one; one that shall go on while
 # others are served starts jobs of its own (`COMMAND > FILE 2>&1 &`). `exit STATUS` ends the guest.
 while ! [ -c /dev/hvc0 ]; do sleep 0.1; done
-stty -F /dev/hvc0 raw -echo
 exec < /dev/hvc0 > /dev/hvc0
+# Once it is open: the settings last until nobody has it open.
+stty raw -echo
 while read -r number command; do
     case $command in
         '') continue ;;
@@ -13,8 +14,8 @@ while read -r number command; do
     esac
     (eval "$command") > /tmp/answer 2>&1 < /dev/null
     status=$?
-    while read -r line || [ -n "$line" ]; do
-        echo "$number: $line"
-    done < /tmp/answer
+    sed "s/^/$number: /" /tmp/answer
+    # A last line may lack its end.
+    if [ -n "$(tail -c 1 /tmp/answer)" ]; then echo; fi
     echo "$number! $status"
 done

@@ -6,7 +6,7 @@
 
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
@@ -196,8 +196,11 @@ impl Linux {
     pub fn boot(dir: &Path, name: &str, config: &LinuxConfig) -> Result<Self> {
         let arguments = config.arguments(dir, name)?;
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let start = Instant::now();
         let mut ferry = Ferry::start(dir, name, &arguments)?;
         let shell = await_boot(&mut ferry, &console_path(dir, name), config.kernel, 1)?;
+        let (all, api) = (start.elapsed(), ferry.start_time);
+        println!("{name} serves commands after {all:.1?}, its API after {api:.1?}");
         Ok(Self {
             ferry,
             shell,
@@ -247,6 +250,31 @@ impl Linux {
         }
         self.shell.ask(&commands.join(" && "))?;
         Ok(name)
+    }
+
+    /// The guest has gone to `destination`, whose files are in `dir`: speaks to it there. Gives
+    /// the process it left.
+    ///
+    /// # Errors
+    /// When it does not answer there.
+    pub fn follow(&mut self, dir: &Path, destination: Ferry) -> Result<Ferry> {
+        let left = std::mem::replace(&mut self.ferry, destination);
+        let console = console_path(dir, self.ferry.name());
+        let followed = self.shell.follow(&console, Duration::from_secs(30));
+        followed.with_context(|| self.ferry.last_words())?;
+        Ok(left)
+    }
+
+    /// Switches the guest off from inside, in a process that it came to, and ends that.
+    ///
+    /// # Errors
+    /// When either fails.
+    pub fn switch_off(mut self) -> Result<()> {
+        self.shell.send("exit 0")?;
+        self.ferry.wait_event("shutdown", Duration::from_secs(60))?;
+        let said = self.ferry.serial();
+        ensure!(said.contains("GUEST-EXIT 0"), "no clean end: {said}");
+        self.ferry.shut_down()
     }
 
     /// Switches the guest off from inside and waits for the end of `ferry`, which must be clean.

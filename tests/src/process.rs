@@ -153,14 +153,17 @@ pub fn wait_for<T>(
     limit: Duration,
     mut ready: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
-    let deadline = Instant::now() + limit;
+    let start = Instant::now();
     loop {
         if let Some(value) = ready()? {
             return Ok(value);
         }
-        if Instant::now() > deadline {
+        let elapsed = start.elapsed();
+        if elapsed > limit {
             bail!("{what}: not within {limit:?}");
         }
-        std::thread::sleep(Duration::from_millis(2));
+        // What takes long need not be looked at often: the machine may have but one CPU.
+        let pause = (elapsed / 20).clamp(Duration::from_millis(2), Duration::from_millis(200));
+        std::thread::sleep(pause);
     }
 }

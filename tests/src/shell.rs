@@ -53,6 +53,19 @@ impl Shell {
         Ok(shell)
     }
 
+    /// Connects to `socket` instead, where the guest has gone, and waits until the agent answers.
+    /// Jobs go on; an answer on its way is lost.
+    ///
+    /// # Errors
+    /// When it does not within `limit`.
+    pub fn follow(&mut self, socket: &Path, limit: Duration) -> Result<()> {
+        // The numbers go on: an old answer must not be taken for a new one.
+        let requests = self.requests;
+        *self = Self::attach(socket, limit)?;
+        self.requests = requests;
+        self.greet(limit)
+    }
+
     /// Connects only: the guest need not run yet.
     ///
     /// # Errors

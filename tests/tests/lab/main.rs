@@ -4,3 +4,7 @@
 //! one boot. The programs run one after the other (`--test-threads=1`).
 
 mod boot;
+mod hashes;
+mod net;
+mod streams;
+mod toeplitz;
