@@ -14,6 +14,7 @@
 
 pub mod api;
 pub mod channel_proxy;
+pub mod bench;
 pub mod console;
 pub mod demo;
 pub mod ferry;
