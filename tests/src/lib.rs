@@ -13,8 +13,8 @@
 //! * [`netns`], [`network`], [`traffic`]: namespaces, bridges and taps, and packets through them.
 
 pub mod api;
-pub mod channel_proxy;
 pub mod bench;
+pub mod channel_proxy;
 pub mod console;
 pub mod demo;
 pub mod ferry;
