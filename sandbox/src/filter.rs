@@ -79,10 +79,10 @@ impl Allowed {
         Ok(())
     }
 
-    /// Mappings, which only name resolution needs executable.
+    /// Mappings, which only libraries need executable.
     fn add_memory(&mut self, profile: &Profile) -> Result<(), BackendError> {
         for number in [libc::SYS_mmap, libc::SYS_mprotect] {
-            if profile.executable {
+            if profile.resolves {
                 self.add_any(number);
             } else {
                 let executable = u64::from(libc::PROT_EXEC.cast_unsigned());
@@ -92,11 +92,16 @@ impl Allowed {
         Ok(())
     }
 
-    /// A thread's own name; and for those that start threads, what `seccomp` itself needs.
+    /// A thread's own name, for messages; and for those that start threads the name they give,
+    /// and what `seccomp` itself needs.
     fn add_prctl(&mut self, profile: &Profile) -> Result<(), BackendError> {
-        let mut options = vec![libc::PR_SET_NAME, libc::PR_GET_NAME];
+        let mut options = vec![libc::PR_GET_NAME];
         if !profile.starts.is_empty() {
-            options.push(libc::PR_SET_NO_NEW_PRIVS);
+            options.extend([libc::PR_SET_NAME, libc::PR_SET_NO_NEW_PRIVS]);
+        }
+        if profile.resolves {
+            // libcap counts capabilities when it is loaded, and systemd's modules load it.
+            options.push(libc::PR_CAPBSET_READ);
         }
         for option in options {
             let value = u64::from(option.cast_unsigned());

@@ -9,8 +9,9 @@ pub(super) struct Profile {
     pub(super) calls: &'static [&'static [&'static str]],
     /// Groups of ioctl requests it may make.
     pub(super) ioctls: &'static [&'static [Ioctl]],
-    /// It may map memory executable: name resolution loads libraries.
-    pub(super) executable: bool,
+    /// It resolves host names: modules for that are libraries, loaded when they are needed. No
+    /// other may make memory executable.
+    pub(super) resolves: bool,
     /// Kinds of threads it starts. A thread inherits its maker's filter besides its own, so the
     /// maker is allowed whatever these are.
     pub(super) starts: &'static [ThreadKind],
@@ -28,250 +29,186 @@ pub(super) enum Ioctl {
 
 use Ioctl::{Request, Type};
 
-/// What Rust's and C's run-time, locks, channels, allocation, logging to standard error and an
-/// orderly panic need.
+/// What Rust's and C's run-time need in any thread: memory, locks, time, handled signals, what the
+/// thread has open, a message on standard error, an orderly panic, an end.
 const RUNTIME: &[&str] = &[
     "brk",
-    "clock_gettime",
+    "clock_gettime", // where the clock cannot be read without a call
     "clock_nanosleep",
     "close",
-    "epoll_pwait",
-    "epoll_wait",
     "exit",
     "exit_group",
-    "fcntl",
+    "fcntl", // copies of descriptors; debug builds look before they close
     "futex",
-    "getcpu",
-    "getpid",
+    "getpid", // to signal a thread, an abort's own among them
     "getrandom",
     "gettid",
-    "gettimeofday",
     "madvise",
-    "membarrier",
     "mremap",
     "munmap",
-    "nanosleep",
-    "poll",
     "ppoll",
     "read",
-    "readv",
-    "restart_syscall",
-    "rseq",
+    "restart_syscall", // the kernel's own, after a stop in the middle of a wait
     "rt_sigaction",
     "rt_sigprocmask",
     "rt_sigreturn",
-    "sched_getaffinity",
     "sched_yield",
-    "set_robust_list",
     "sigaltstack",
     "tgkill",
-    "time",
     "write",
-    "writev",
 ];
 
-/// Starting a thread and confining it.
-const THREADS: &[&str] = &["clone", "clone3", "seccomp"];
-
-/// Waiting for many things at once, and timers.
-const EVENTS: &[&str] = &[
-    "epoll_create1",
-    "epoll_ctl",
+/// Starting threads, each with an eventfd that ends it. What a thread does before it is confined
+/// is its maker's to allow.
+const THREADS: &[&str] = &[
+    "clone", // where there is no clone3
+    "clone3",
     "eventfd2",
-    "timerfd_create",
-    "timerfd_gettime",
-    "timerfd_settime",
+    "rseq",
+    "sched_getaffinity",
+    "seccomp",
+    "set_robust_list",
 ];
 
-/// Talking on sockets that are connected already.
-const SOCKETS: &[&str] = &[
-    "getpeername",
-    "getsockname",
-    "getsockopt",
-    "recvfrom",
-    "recvmsg",
-    "sendmsg",
-    "sendto",
-    "setsockopt",
-    "shutdown",
-];
+/// Waiting for the queues of a virtio device.
+const QUEUES: &[&str] = &["epoll_create1", "epoll_ctl", "epoll_pwait"];
 
-/// Taking connections, and removing the socket's file at the end.
-const ACCEPT: &[&str] = &["accept4", "unlink", "unlinkat"];
+/// The client's side of vfio-user. Answers come to a reader thread.
+const VFIO_CLIENT: &[&str] = &["sendmsg", "shutdown"];
 
-/// Making connections and listening.
-const CONNECT: &[&str] = &[
+/// Sending and taking a migration's stream.
+const STREAM: &[&str] = &["recvfrom", "sendto", "shutdown"];
+
+/// Opening what devices are connected to: files, taps, sockets.
+const OPEN_DEVICES: &[&str] = &[
     "bind",
     "connect",
     "listen",
-    "sendmmsg",
-    "socket",
-    "socketpair",
-    "uname",
-];
-
-/// Reading and writing at an offset of an open file.
-const POSITIONED: &[&str] = &["lseek", "pread64", "preadv", "pwrite64", "pwritev"];
-
-/// Opening files and looking at them.
-const FILES: &[&str] = &[
-    "access",
-    "copy_file_range",
-    "dup",
-    "dup2",
-    "dup3",
-    "faccessat",
-    "faccessat2",
-    "fadvise64",
-    "fallocate",
-    "fchmod",
-    "fstat",
-    "fstatfs",
-    "fsync",
-    "ftruncate",
-    "getcwd",
-    "getdents64",
-    "lstat",
-    "newfstatat",
-    "open",
+    "open", // rustix
     "openat",
-    "pipe2",
-    "readlink",
-    "readlinkat",
-    "stat",
-    "statfs",
+    "recvmsg", // a vfio-user server's first answers
+    "setsockopt",
+    "socket",
     "statx",
-    "umask",
     "unlink",
-    "unlinkat",
 ];
 
-/// Making and placing guest memory.
-const MEMORY: &[&str] = &[
-    "fallocate",
-    "ftruncate",
-    "mbind",
-    "memfd_create",
-    "mincore",
-    "mlock",
-    "mlock2",
-    "munlock",
-    "msync",
+/// Making guest memory.
+const MEMORY: &[&str] = &["fallocate", "ftruncate", "memfd_create"];
+
+/// Listening for a migration on a socket for this user alone.
+const LISTEN: &[&str] = &["fchmod", "getsockname"];
+
+/// Connecting with a time limit.
+const CONNECT: &[&str] = &["connect", "getsockopt", "poll", "setsockopt", "socket"];
+
+/// Resolving a host name: files, DNS, the modules of nsswitch.conf and the services some of them
+/// ask.
+const RESOLVE: &[&str] = &[
+    "access",
+    "bind",
+    "connect",
+    "fstat", // by the version of the C library this or newfstatat
+    "getpeername",
+    "getsockname",
+    "getsockopt",
+    "lseek",
+    "newfstatat",
+    "openat",
+    "poll",
+    "pread64",
+    "recvfrom",
+    "recvmsg",
+    "sendmmsg",
+    "sendmsg",
+    "sendto",
+    "setsockopt",
+    "socket",
+    "sysinfo", // how much memory a sort may take
+    "uname",
+    "writev",
 ];
 
-/// Handling signals and telling processes apart.
-const SIGNALS: &[&str] = &[
-    "getegid",
-    "geteuid",
-    "getgid",
-    "getppid",
-    "getuid",
-    "kill",
-    "prlimit64",
-    "rt_sigpending",
-    "rt_sigtimedwait",
-    "signalfd4",
-    "sysinfo",
-    "wait4",
-];
+/// Making a descriptor non-blocking, and how much is there to read (`asm-generic/ioctls.h`).
+const FIONBIO: Ioctl = Request(0x5421);
+const FIONREAD: Ioctl = Request(0x541b);
 
-/// `FIONBIO` and `FIONREAD` of `asm-generic/ioctls.h`.
-const STREAM: &[Ioctl] = &[Request(0x5421), Request(0x541b)];
-
-/// Terminals (`asm-generic/ioctls.h`).
-const TTY: &[Ioctl] = &[
+/// Setting terminals up (`asm-generic/ioctls.h`).
+const TERMINALS: &[Ioctl] = &[
+    FIONBIO,
     Request(0x5401), // TCGETS
     Request(0x5402), // TCSETS
-    Request(0x5403), // TCSETSW
-    Request(0x5404), // TCSETSF
-    Request(0x5413), // TIOCGWINSZ
+    Request(0x542a), // TCGETS2
+    Request(0x542b), // TCSETS2
+    Request(0x5413), // TIOCGWINSZ, which tells whether it is one
     Request(0x5430), // TIOCGPTN
     Request(0x5431), // TIOCSPTLCK
-    Request(0x5441), // TIOCGPTPEER
 ];
 
-/// All of KVM (`linux/kvm.h`, `KVMIO`).
+/// Serving a console: its socket's clients, and a terminal put back as it was by the last who
+/// holds it.
+const CONSOLE: &[Ioctl] = &[
+    FIONBIO,
+    Request(0x5402), // TCSETS
+    Request(0x542b), // TCSETS2
+];
+
+/// All of KVM (`linux/kvm.h`, `KVMIO`): making and restoring a VM takes most of it.
 const KVM: &[Ioctl] = &[Type(0xae)];
 
-/// Running a vCPU and moving its state (`linux/kvm.h`). `KVM_RUN` first: it is the hot one, and
-/// requests are compared in order.
-const VCPU: &[Ioctl] = &[
-    Request(0xae80), // KVM_RUN
+/// Running a vCPU (`linux/kvm.h`).
+const RUN: &[Ioctl] = &[Request(0xae80)]; // KVM_RUN
+
+/// Reading a VM's state and what it wrote (`linux/kvm.h`).
+const SAVE: &[Ioctl] = &[
+    Request(0xae42), // KVM_GET_DIRTY_LOG
+    Request(0xae62), // KVM_GET_IRQCHIP
+    Request(0xae7c), // KVM_GET_CLOCK
     Request(0xae81), // KVM_GET_REGS
-    Request(0xae82), // KVM_SET_REGS
     Request(0xae83), // KVM_GET_SREGS
-    Request(0xae84), // KVM_SET_SREGS
-    Request(0xae85), // KVM_TRANSLATE
-    Request(0xae86), // KVM_INTERRUPT
     Request(0xae88), // KVM_GET_MSRS
-    Request(0xae89), // KVM_SET_MSRS
-    Request(0xae8b), // KVM_SET_SIGNAL_MASK
-    Request(0xae8c), // KVM_GET_FPU
-    Request(0xae8d), // KVM_SET_FPU
     Request(0xae8e), // KVM_GET_LAPIC
-    Request(0xae8f), // KVM_SET_LAPIC
-    Request(0xae90), // KVM_SET_CPUID2
-    Request(0xae91), // KVM_GET_CPUID2
     Request(0xae98), // KVM_GET_MP_STATE
-    Request(0xae99), // KVM_SET_MP_STATE
-    Request(0xae9a), // KVM_NMI
-    Request(0xae9b), // KVM_SET_GUEST_DEBUG
-    Request(0xae9f), // KVM_GET_VCPU_EVENTS
-    Request(0xaea0), // KVM_SET_VCPU_EVENTS
+    Request(0xae9f), // KVM_GET_VCPU_EVENTS, KVM_GET_PIT2
     Request(0xaea1), // KVM_GET_DEBUGREGS
-    Request(0xaea2), // KVM_SET_DEBUGREGS, KVM_SET_TSC_KHZ
-    Request(0xaea3), // KVM_GET_TSC_KHZ, KVM_ENABLE_CAP
+    Request(0xaea3), // KVM_GET_TSC_KHZ
     Request(0xaea4), // KVM_GET_XSAVE
-    Request(0xaea5), // KVM_SET_XSAVE, KVM_SIGNAL_MSI
     Request(0xaea6), // KVM_GET_XCRS
-    Request(0xaea7), // KVM_SET_XCRS
     Request(0xaead), // KVM_KVMCLOCK_CTRL
     Request(0xaebe), // KVM_GET_NESTED_STATE
-    Request(0xaebf), // KVM_SET_NESTED_STATE
-    Request(0xaec7), // KVM_RESET_DIRTY_RINGS
-    Request(0xaecc), // KVM_GET_SREGS2
-    Request(0xaecd), // KVM_SET_SREGS2
     Request(0xaecf), // KVM_GET_XSAVE2
-    Request(0xaee1), // KVM_GET_DEVICE_ATTR
-    Request(0xaee2), // KVM_SET_DEVICE_ATTR
-    Request(0xaee3), // KVM_HAS_DEVICE_ATTR
 ];
 
 /// What a guest's writes to configuration space change in KVM (`linux/kvm.h`): interrupt routes,
 /// doorbells, and where BARs that are mapped into the guest lie.
 const ROUTES: &[Ioctl] = &[
     Request(0xae46), // KVM_SET_USER_MEMORY_REGION
-    Request(0xae49), // KVM_SET_USER_MEMORY_REGION2
-    Request(0xae61), // KVM_IRQ_LINE
-    Request(0xae67), // KVM_IRQ_LINE_STATUS
     Request(0xae6a), // KVM_SET_GSI_ROUTING
     Request(0xae76), // KVM_IRQFD
     Request(0xae79), // KVM_IOEVENTFD
 ];
 
-/// Taps (`linux/if_tun.h`, and the hash reporting requests of the patches that add them).
-const TUN: &[Ioctl] = &[
+/// Opening a tap and bringing it up (`linux/if_tun.h`, `linux/sockios.h`).
+const TAP_OPEN: &[Ioctl] = &[
     Request(0x54ca), // TUNSETIFF
-    Request(0x54cf), // TUNGETFEATURES
-    Request(0x54d0), // TUNSETOFFLOAD
     Request(0x54d2), // TUNGETIFF
-    Request(0x54d3), // TUNGETSNDBUF
-    Request(0x54d4), // TUNSETSNDBUF
-    Request(0x54d7), // TUNGETVNETHDRSZ
-    Request(0x54d8), // TUNSETVNETHDRSZ
-    Request(0x54d9), // TUNSETQUEUE
-    Request(0x54dc), // TUNSETVNETLE
-    Request(0x54dd), // TUNGETVNETLE
-    Request(0x54e0), // TUNSETSTEERINGEBPF
-    Request(0x54e2), // TUNSETCARRIER
-    Request(0x54e4), // TUNGETVNETHASHCAP, TUNGETVNETHASHTYPES
-    Request(0x54e5), // TUNSETVNETHASH, TUNSETVNETREPORTINGAUTOMQ
-    Request(0x54e6), // TUNSETVNETREPORTINGRSS
-    Request(0x54e7), // TUNSETVNETRSS
+    Request(0x8913), // SIOCGIFFLAGS
+    Request(0x8914), // SIOCSIFFLAGS
+    Request(0x8927), // SIOCGIFHWADDR
 ];
 
-/// Network interfaces (`linux/sockios.h`).
-const INTERFACES: &[Ioctl] = &[Type(0x89)];
+/// Setting a tap as the driver that begins wants it (`linux/if_tun.h`).
+const TAP_START: &[Ioctl] = &[
+    Request(0x54d8), // TUNSETVNETHDRSZ
+    Request(0x54dc), // TUNSETVNETLE
+];
+
+/// Setting a tap as the driver asks on its control queue (`linux/if_tun.h`).
+const TAP_CONTROL: &[Ioctl] = &[
+    Request(0x54d0), // TUNSETOFFLOAD
+    Request(0x54d2), // TUNGETIFF
+    Request(0x54d9), // TUNSETQUEUE
+];
 
 /// Kinds of threads that devices run.
 const DEVICE_THREADS: &[ThreadKind] = &[
@@ -279,7 +216,6 @@ const DEVICE_THREADS: &[ThreadKind] = &[
     ThreadKind::VirtioNetControl,
     ThreadKind::VirtioConsole,
     ThreadKind::VirtioRng,
-    ThreadKind::VfioUser,
 ];
 
 /// `kind`, the kinds of threads it starts, those that they start, and so on.
@@ -303,104 +239,133 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         // Builds VMs and starts all other threads.
         ThreadKind::Vmm => Profile {
             calls: &[
-                RUNTIME, THREADS, EVENTS, SOCKETS, ACCEPT, CONNECT, POSITIONED, FILES, MEMORY,
-                SIGNALS,
+                RUNTIME,
+                THREADS,
+                OPEN_DEVICES,
+                MEMORY,
+                LISTEN,
+                RESOLVE,
+                VFIO_CLIENT,
+                &["lseek"], // in a kernel's file
             ],
-            ioctls: &[KVM, TUN, TTY, STREAM, INTERFACES],
-            executable: true,
+            ioctls: &[KVM, TAP_OPEN, TAP_START, TAP_CONTROL, TERMINALS],
+            resolves: true,
             starts: &[
                 ThreadKind::Vcpu,
                 ThreadKind::Api,
                 ThreadKind::MigrationSend,
                 ThreadKind::MigrationReceive,
                 ThreadKind::Serial,
+                ThreadKind::VfioUser,
                 ThreadKind::EventMonitor,
             ],
         },
         // Serves the guest's exits, which reach into every device: a configuration write makes
-        // routes, a driver's DRIVER_OK starts a device's threads, a vfio-user access is a message.
+        // routes, a driver's DRIVER_OK starts a device's threads, a vfio-user access is a message,
+        // and serial output may go to a socket.
         ThreadKind::Vcpu => Profile {
-            calls: &[RUNTIME, THREADS, EVENTS, SOCKETS, POSITIONED],
-            ioctls: &[VCPU, ROUTES, TUN],
-            executable: false,
+            calls: &[RUNTIME, THREADS, VFIO_CLIENT, &["sendto"]],
+            ioctls: &[RUN, ROUTES, TAP_START, TAP_CONTROL],
+            resolves: false,
             starts: DEVICE_THREADS,
         },
         ThreadKind::Api => Profile {
-            calls: &[RUNTIME, EVENTS, SOCKETS, ACCEPT],
-            ioctls: &[STREAM],
-            executable: false,
+            calls: &[
+                RUNTIME,
+                &["accept4", "epoll_ctl", "epoll_wait", "unlink"],
+                &["recvfrom", "sendto", "shutdown", "writev"],
+            ],
+            ioctls: &[],
+            resolves: false,
             starts: &[],
         },
+        // Goes on with the VM where it was if the migration fails: devices start again.
         ThreadKind::MigrationSend => Profile {
-            calls: &[
-                RUNTIME, THREADS, EVENTS, SOCKETS, CONNECT, POSITIONED, FILES, MEMORY,
-            ],
-            ioctls: &[KVM, TUN, STREAM],
-            executable: true,
+            calls: &[RUNTIME, THREADS, RESOLVE, CONNECT, STREAM, VFIO_CLIENT],
+            ioctls: &[SAVE, ROUTES, TAP_START, TAP_CONTROL, &[FIONBIO, FIONREAD]],
+            resolves: true,
             starts: DEVICE_THREADS,
         },
         // Builds the VM it receives.
         ThreadKind::MigrationReceive => Profile {
             calls: &[
-                RUNTIME, THREADS, EVENTS, SOCKETS, ACCEPT, CONNECT, POSITIONED, FILES, MEMORY,
+                RUNTIME,
+                THREADS,
+                OPEN_DEVICES,
+                MEMORY,
+                STREAM,
+                VFIO_CLIENT,
+                &["accept4"],
             ],
-            ioctls: &[KVM, TUN, TTY, STREAM, INTERFACES],
-            executable: true,
-            starts: &[ThreadKind::Vcpu, ThreadKind::Serial],
+            ioctls: &[KVM, TAP_OPEN, TAP_START, TAP_CONTROL, TERMINALS],
+            resolves: false,
+            starts: &[ThreadKind::Vcpu, ThreadKind::Serial, ThreadKind::VfioUser],
         },
         ThreadKind::VirtioNet => Profile {
-            calls: &[RUNTIME, EVENTS],
+            calls: &[RUNTIME, QUEUES, &["readv", "writev"]],
             ioctls: &[],
-            executable: false,
+            resolves: false,
             starts: &[],
         },
-        // Reconfigures taps as the driver asks.
         ThreadKind::VirtioNetControl => Profile {
-            calls: &[RUNTIME, EVENTS],
-            ioctls: &[TUN],
-            executable: false,
+            calls: &[RUNTIME, QUEUES],
+            ioctls: &[TAP_CONTROL],
+            resolves: false,
             starts: &[],
         },
-        ThreadKind::VirtioConsole | ThreadKind::Serial => Profile {
-            calls: &[RUNTIME, EVENTS, SOCKETS, ACCEPT],
-            ioctls: &[TTY, STREAM],
-            executable: false,
+        ThreadKind::VirtioConsole => Profile {
+            calls: &[RUNTIME, QUEUES, &["accept4", "sendto"]],
+            ioctls: &[CONSOLE],
+            resolves: false,
             starts: &[],
         },
         ThreadKind::VirtioRng => Profile {
-            calls: &[RUNTIME, EVENTS, POSITIONED],
+            calls: &[RUNTIME, QUEUES],
             ioctls: &[],
-            executable: false,
+            resolves: false,
             starts: &[],
         },
+        ThreadKind::Serial => Profile {
+            calls: &[RUNTIME, &["accept4"]],
+            ioctls: &[CONSOLE],
+            resolves: false,
+            starts: &[],
+        },
+        // Reads answers, and answers what the server asks.
         ThreadKind::VfioUser => Profile {
-            calls: &[RUNTIME, EVENTS, SOCKETS],
-            ioctls: &[STREAM],
-            executable: false,
+            calls: &[RUNTIME, VFIO_CLIENT, &["recvmsg"]],
+            ioctls: &[],
+            resolves: false,
             starts: &[],
         },
         // The main thread of ferry-nic: serves its client, whose memory it maps, and runs the
         // card's threads.
         ThreadKind::VfioServer => Profile {
-            calls: &[RUNTIME, THREADS, EVENTS, SOCKETS, ACCEPT, POSITIONED, FILES],
-            ioctls: &[TUN],
-            executable: false,
+            calls: &[
+                RUNTIME,
+                THREADS,
+                &["accept4", "recvmsg", "sendmsg", "shutdown"],
+                &["statx", "unlink"],
+            ],
+            ioctls: &[TAP_START, TAP_CONTROL],
+            resolves: false,
             starts: &[
                 ThreadKind::VirtioNet,
                 ThreadKind::VirtioNetControl,
                 ThreadKind::Signal,
             ],
         },
+        // Cuts the client's connection.
         ThreadKind::Signal => Profile {
-            calls: &[RUNTIME, SIGNALS, SOCKETS],
+            calls: &[RUNTIME, &["rt_sigtimedwait", "shutdown"]],
             ioctls: &[],
-            executable: false,
+            resolves: false,
             starts: &[],
         },
         ThreadKind::EventMonitor => Profile {
             calls: &[RUNTIME],
             ioctls: &[],
-            executable: false,
+            resolves: false,
             starts: &[],
         },
     }

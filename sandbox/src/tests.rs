@@ -1,14 +1,22 @@
 use std::fs::File;
 use std::io::Write;
+use std::net::ToSocketAddrs;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Barrier;
 use std::time::Duration;
+
+use devices::terminal::Terminal;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 
 /// Names the test whose child this process is.
 const CHILD: &str = "FERRY_SANDBOX_TEST";
+/// Names a directory a child may use.
+const DIRECTORY: &str = "FERRY_SANDBOX_DIRECTORY";
 
 /// Runs `body` in a process of its own: this test program again, with this test alone. `test` is
 /// the test's own name.
@@ -173,9 +181,10 @@ fn an_ioctl_is_judged_by_its_request() {
 }
 
 #[test]
-fn no_worker_makes_memory_executable() {
-    let output = in_child("no_worker_makes_memory_executable", || {
-        run(ThreadKind::VirtioNet, SeccompMode::Enforce, || {
+fn who_builds_an_arriving_vm_makes_no_memory_executable() {
+    let test = "who_builds_an_arriving_vm_makes_no_memory_executable";
+    let output = in_child(test, || {
+        run(ThreadKind::MigrationReceive, SeccompMode::Enforce, || {
             // SAFETY: a new anonymous mapping touches nothing that exists.
             unsafe {
                 libc::mmap(
@@ -190,6 +199,117 @@ fn no_worker_makes_memory_executable() {
         });
     });
     forbidden(&output, "(mmap), argument 2 = 0x5");
+}
+
+#[test]
+fn a_vcpu_runs_and_makes_no_vm() {
+    let output = in_child("a_vcpu_runs_and_makes_no_vm", || {
+        run(ThreadKind::Vcpu, SeccompMode::Enforce, || {
+            for request in [0xae80, 0xae01] {
+                // SAFETY: KVM_RUN and KVM_CREATE_VM take no pointer; the file is not KVM's.
+                let status = unsafe { libc::ioctl(std::io::stderr().as_raw_fd(), request, 0) };
+                assert_eq!(status, -1);
+                eprintln!("request {request:#x} was allowed");
+            }
+        });
+    });
+    forbidden(&output, "(ioctl), argument 1 = 0xae01");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("request 0xae80 was allowed"));
+}
+
+#[test]
+fn the_server_of_a_card_connects_to_nobody() {
+    let output = in_child("the_server_of_a_card_connects_to_nobody", || {
+        run(ThreadKind::VfioServer, SeccompMode::Enforce, || {
+            let _ = UnixStream::connect("/nonexistent");
+        });
+    });
+    forbidden(
+        &output,
+        "(vfio-server) called forbidden system call 41 (socket)",
+    );
+}
+
+#[test]
+fn names_are_resolved_where_a_migration_needs_it() {
+    let output = in_child("names_are_resolved_where_a_migration_needs_it", || {
+        for kind in [ThreadKind::Vmm, ThreadKind::MigrationSend] {
+            run(kind, SeccompMode::Enforce, || {
+                let found = ("localhost", 1).to_socket_addrs().map(Iterator::count);
+                println!("localhost: {found:?}");
+                let found = ("name.invalid", 1).to_socket_addrs().map(Iterator::count);
+                println!("name.invalid: {found:?}");
+                // As libcap does when a module of nsswitch.conf loads it.
+                // SAFETY: this option takes no pointer.
+                unsafe { libc::prctl(libc::PR_CAPBSET_READ, 0) };
+            });
+        }
+    });
+    fine(&output);
+}
+
+/// Makes a console of each kind as a VM's builder does, feeds it input as its thread does, and puts
+/// what it changed back.
+fn connect_consoles(main: ThreadKind) {
+    let dir = PathBuf::from(std::env::var_os(DIRECTORY).unwrap());
+    let socket = dir.join("console");
+    let filters = filters(main, SeccompMode::Enforce);
+    let spawner = filters.spawner();
+    filters.confine(main).unwrap();
+    drop(Terminal::file(&dir.join("log")).unwrap());
+    drop(Terminal::stdio().unwrap());
+    let pty = Terminal::pty().unwrap();
+    let slave = pty.pty_path().map(Path::to_owned).unwrap();
+    let typed = || {
+        let mut slave = File::options().write(true).open(&slave).unwrap();
+        slave.write_all(b"x").unwrap();
+    };
+    read_a_byte(&spawner, pty, typed);
+    drop(Terminal::socket(&socket).unwrap());
+    // The file is left; the next one replaces it.
+    let listener = Terminal::socket(&socket).unwrap();
+    let mut client = UnixStream::connect(&socket).unwrap();
+    read_a_byte(&spawner, listener, || client.write_all(b"x").unwrap());
+}
+
+fn read_a_byte(spawner: &ThreadSpawner, terminal: Terminal, type_it: impl FnOnce()) {
+    let (tell, told) = std::sync::mpsc::channel();
+    let stop = EventFd::new(EFD_NONBLOCK).unwrap();
+    let never = EventFd::new(EFD_NONBLOCK).unwrap();
+    let end = stop.try_clone().unwrap();
+    let body = move || {
+        let sink = |bytes: Option<&[u8]>| {
+            if let Some(bytes) = bytes {
+                tell.send(bytes.to_vec()).unwrap();
+            }
+            1
+        };
+        terminal.read_input(&stop, &never, sink).unwrap();
+    };
+    let thread = spawner.spawn(ThreadKind::Serial, "serial", body).unwrap();
+    type_it();
+    assert_eq!(told.recv().unwrap(), b"x");
+    end.write(1).unwrap();
+    thread.join().unwrap();
+}
+
+#[test]
+fn consoles_are_connected_where_vms_are_built() {
+    // The parent's to remove: a confined thread lists no directory.
+    let dir = std::env::var_os(DIRECTORY)
+        .is_none()
+        .then(tempfile::tempdir);
+    let dir = dir.transpose().unwrap();
+    let path = dir.as_ref().and_then(|dir| dir.path().to_str());
+    let environment = [
+        ("MALLOC_ARENA_MAX", "1"),
+        (DIRECTORY, path.unwrap_or_default()),
+    ];
+    let test = "consoles_are_connected_where_vms_are_built";
+    let output = in_child_with(test, &environment, || {
+        connect_consoles(ThreadKind::Vmm);
+    });
+    fine(&output);
 }
 
 #[test]
