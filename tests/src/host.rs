@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::{ferry, netns};
@@ -41,4 +41,35 @@ pub fn network_turn(test: &str) -> Result<Option<Turn>> {
         return Ok(None);
     }
     Ok(Some(turn))
+}
+
+const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+/// Huge pages of 2 MiB, given back on drop.
+#[derive(Debug)]
+pub struct HugePool {
+    before: String,
+}
+
+impl HugePool {
+    /// Adds `mib` MiB to the host's pool.
+    ///
+    /// # Errors
+    /// When the host has none, or not enough memory in one piece.
+    pub fn new(mib: u64) -> Result<Self> {
+        let before = std::fs::read_to_string(HUGE_PAGES)?;
+        let this = Self { before };
+        let wanted = this.before.trim().parse::<u64>()? + mib.div_ceil(2);
+        std::fs::write(HUGE_PAGES, wanted.to_string())?;
+        let have: u64 = std::fs::read_to_string(HUGE_PAGES)?.trim().parse()?;
+        ensure!(have >= wanted, "{have} of {wanted} are to be had");
+        Ok(this)
+    }
+}
+
+impl Drop for HugePool {
+    fn drop(&mut self) {
+        // Pages in use are given back when they are free.
+        let _ = std::fs::write(HUGE_PAGES, self.before.trim());
+    }
 }

@@ -30,7 +30,7 @@ const PLACES: [(Kind, u32, Verdict); 10] = [
     (Kind::RoundAck, 1, Verdict::CutBefore),
     // Nothing in these VMs sends state before they stop.
     (Kind::DeviceChunk, 1, Verdict::CutBefore),
-    (Kind::Complete, 1, Verdict::CutAfter),
+    (Kind::Complete, 1, Verdict::CutBefore),
     // The destination has everything and may not run it.
     (Kind::Ready, 1, Verdict::CutBefore),
 ];

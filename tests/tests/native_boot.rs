@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use e2e::ferry::{Ferry, Nic};
 use e2e::guest_output::{GuestLog, Line};
-use e2e::host;
+use e2e::host::{self, HugePool};
 use e2e::network::Network;
 use e2e::process::wait_for;
 use e2e::vm::{Ram, Vm, VmSpec};
@@ -16,7 +16,6 @@ use hyper::Method;
 use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(20);
-const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 /// Boots as a command line does; gives the times from starting the process to the API's answer
 /// and to the guest's first byte.
@@ -66,7 +65,7 @@ fn cpus_and_memory_of_every_kind() -> Result<()> {
     let dir = tempfile::tempdir()?;
     for cpus in [1, 2] {
         for ram in [Ram::Anonymous, Ram::Shared, Ram::Huge] {
-            let pool = (ram == Ram::Huge).then(HugePool::new);
+            let pool = (ram == Ram::Huge).then(|| HugePool::new(128));
             if let Some(Err(error)) = &pool {
                 println!("SKIP: cpus_and_memory_of_every_kind: huge pages: {error:#}");
                 continue;
@@ -99,31 +98,6 @@ fn cpus_and_memory_of_every_kind() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Huge pages for one VM, given back on drop.
-struct HugePool {
-    before: String,
-}
-
-impl HugePool {
-    fn new() -> Result<Self> {
-        let before = std::fs::read_to_string(HUGE_PAGES)?;
-        let this = Self { before };
-        let wanted = this.before.trim().parse::<u64>()? + 64;
-        std::fs::write(HUGE_PAGES, wanted.to_string())?;
-        let have = std::fs::read_to_string(HUGE_PAGES)?;
-        let have: u64 = have.trim().parse()?;
-        ensure!(have >= wanted, "{have} of {wanted} are to be had");
-        Ok(this)
-    }
-}
-
-impl Drop for HugePool {
-    fn drop(&mut self) {
-        // Pages in use are given back when they are free.
-        let _ = std::fs::write(HUGE_PAGES, self.before.trim());
-    }
 }
 
 /// A guest that powers off ends the process that was started for it.
