@@ -10,7 +10,7 @@ use std::io;
 use event_monitor::Event;
 use rustix::event::{PollFd, PollFlags, poll};
 use vm_migration::ErrorChain;
-use vm_migration::migrate::{MigrationStatus, Report};
+use vm_migration::migrate::{MigrationEvent, MigrationStatus, Report, Side, SourcePhase};
 
 use crate::api::{
     ApiError, ApiInbox, ApiReply, ApiRequest, ApiStatus, ReceiveMigrationConfig,
@@ -19,7 +19,8 @@ use crate::api::{
 use crate::config::VmConfig;
 use crate::machine::Host;
 use crate::metrics;
-use crate::migrate::{Arrived, MigrateError, Receiving, SendFailure, Sending, Tools};
+use crate::migrate::{Arrived, Leaving, MigrateError, Receiving, SendFailure, Sending, Tools};
+use crate::migration_events;
 use crate::notice::{self, ExitReason, NoticeInbox, NoticeSender};
 use crate::signals::Signals;
 use guest::Guest;
@@ -31,6 +32,8 @@ type Received = Result<Box<Arrived>, MigrateError>;
 enum Migration {
     None,
     Sending(Sending),
+    /// The guest has gone; the machine it was in goes.
+    Leaving(Leaving),
     Receiving(Receiving),
     Over(Box<MigrationStatus>),
 }
@@ -44,6 +47,7 @@ pub struct Control {
     guest: Guest,
     migration: Migration,
     sent: (NoticeSender<Sent>, NoticeInbox<Sent>),
+    left: (NoticeSender<()>, NoticeInbox<()>),
     received: (NoticeSender<Received>, NoticeInbox<Received>),
     /// What the guest asked for while it was being migrated.
     postponed: Option<ExitReason>,
@@ -72,6 +76,7 @@ impl Control {
             guest: Guest::None,
             migration: Migration::None,
             sent: notice::channel()?,
+            left: notice::channel()?,
             received: notice::channel()?,
             postponed: None,
             end_with_guest,
@@ -129,6 +134,7 @@ impl Control {
             PollFd::new(&self.exits, PollFlags::IN),
             PollFd::new(&self.signals, PollFlags::IN),
             PollFd::new(&self.sent.1, PollFlags::IN),
+            PollFd::new(&self.left.1, PollFlags::IN),
             PollFd::new(&self.received.1, PollFlags::IN),
         ];
         match poll(&mut fds, None) {
@@ -164,7 +170,7 @@ impl Control {
     fn change(&mut self, request: ApiRequest) -> Result<(), ApiError> {
         if matches!(
             self.migration,
-            Migration::Sending(_) | Migration::Receiving(_)
+            Migration::Sending(_) | Migration::Leaving(_) | Migration::Receiving(_)
         ) {
             return Err(ApiError::conflict(format!(
                 "{} is not possible during a migration: wait for its end or cancel it \
@@ -207,6 +213,7 @@ impl Control {
         match &self.migration {
             Migration::None => Err(ApiError::not_found("there has been no migration")),
             Migration::Sending(sending) => Ok(sending.status()),
+            Migration::Leaving(leaving) => Ok(leaving.status()),
             Migration::Receiving(receiving) => Ok(receiving.status()),
             Migration::Over(status) => Ok((**status).clone()),
         }
@@ -239,9 +246,8 @@ impl Control {
 
     fn cancel(&mut self) -> Result<(), ApiError> {
         match &self.migration {
-            Migration::Sending(sending) => sending.cancel().map_err(|_| {
-                ApiError::conflict("too late: the guest belongs to the destination already")
-            }),
+            Migration::Sending(sending) => sending.cancel().map_err(|_| too_late()),
+            Migration::Leaving(_) => Err(too_late()),
             Migration::Receiving(receiving) => {
                 receiving.cancel();
                 Ok(())
@@ -258,6 +264,11 @@ impl Control {
         while let Some(result) = self.sent.1.take() {
             ends |= self.was_sent(result);
         }
+        while let Some(()) = self.left.1.take() {
+            self.migration_over();
+            let done = MigrationEvent::Phase(Side::Source(SourcePhase::Done));
+            migration_events::tell(&self.host.events, &done);
+        }
         while let Some(result) = self.received.1.take() {
             self.was_received(result);
         }
@@ -273,7 +284,7 @@ impl Control {
         let over = match &self.migration {
             Migration::Sending(sending) => sending.status().is_over(),
             Migration::Receiving(receiving) => receiving.status().is_over(),
-            Migration::None | Migration::Over(_) => false,
+            Migration::None | Migration::Leaving(_) | Migration::Over(_) => false,
         };
         if !over {
             return false;
@@ -295,7 +306,7 @@ impl Control {
                 for warning in &report.warnings {
                     tracing::warn!(warning, "after the migration");
                 }
-                self.guest = Guest::None;
+                self.leave();
                 false
             }
             Err(failure) => {
@@ -307,6 +318,16 @@ impl Control {
                 }
                 postponed.is_some_and(|reason| self.guest_wants(reason))
             }
+        }
+    }
+
+    /// Takes down the machine whose guest has gone.
+    fn leave(&mut self) {
+        let guest = std::mem::replace(&mut self.guest, Guest::None);
+        if let (Guest::On { machine, .. }, Migration::Over(status)) = (guest, &self.migration) {
+            let (spawner, done) = (&self.host.spawner, self.left.0.clone());
+            let leaving = Leaving::start(machine, status.clone(), spawner, done);
+            self.migration = Migration::Leaving(leaving);
         }
     }
 
@@ -328,24 +349,28 @@ impl Control {
         let over = match &mut self.migration {
             Migration::Sending(sending) => {
                 sending.join();
-                sending.status()
+                Box::new(sending.status())
             }
+            Migration::Leaving(leaving) => leaving.finish(),
             Migration::Receiving(receiving) => {
                 receiving.join();
-                receiving.status()
+                Box::new(receiving.status())
             }
             Migration::None | Migration::Over(_) => return,
         };
-        self.migration = Migration::Over(Box::new(over));
+        self.migration = Migration::Over(over);
     }
 
     /// The process ends: a migration that can still be stopped is.
     fn end_migration(&mut self) {
         // Too late means that it is as good as over.
         let _ = self.cancel();
-        self.migration_over();
+        // Once for the migration, once for the machine that a guest which has gone leaves behind.
         // A guest that arrived meanwhile ends with the process, as any other.
-        while self.received.1.take().is_some() {}
+        for _ in 0..2 {
+            self.migration_over();
+            self.take_results();
+        }
     }
 }
 
@@ -405,6 +430,10 @@ impl Control {
             }
         }
     }
+}
+
+fn too_late() -> ApiError {
+    ApiError::conflict("too late: the guest belongs to the destination already")
 }
 
 fn ping() -> VmmPing {

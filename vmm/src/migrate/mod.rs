@@ -3,14 +3,17 @@
 //! - `dirty`: KVM's dirty log as a source of dirty pages.
 //! - `describe`: what a destination is told of the VM, and whether a VM here fits it.
 //! - `send`, `receive`: the threads on either side, [`Sending`] and [`Receiving`].
+//! - `leave`: taking down what a guest leaves behind, [`Leaving`].
 //!
 //! [`Machine`]: crate::machine::Machine
 
 mod describe;
 mod dirty;
+mod leave;
 mod receive;
 mod send;
 
+pub use leave::Leaving;
 pub use receive::{Arrived, Receiving};
 pub use send::{SendFailure, Sending, Stranded, Tools};
 

@@ -58,7 +58,15 @@ impl Sending {
         let (events, done) = (tools.events.clone(), tools.done.clone());
         events.tell(Event::MigrationStarted);
         let body = move || {
-            let mut tell = |event: &MigrationEvent| migration_events::tell(&events, event);
+            let mut tell = |event: &MigrationEvent| {
+                // That is said when what the guest leaves behind is gone.
+                if !matches!(
+                    event,
+                    MigrationEvent::Phase(Side::Source(SourcePhase::Done))
+                ) {
+                    migration_events::tell(&events, event);
+                }
+            };
             let result = migrate::transport::connect(&address, &own_cancel)
                 .map_err(|error| {
                     let why = ErrorChain(&error).to_string();
