@@ -242,43 +242,6 @@ fn in_order(told: &[&str], wanted: &[&str]) -> bool {
     wanted.iter().all(|name| told.any(|other| other == name))
 }
 
-/// System-call filters are on unless switched off: every thread of the process has one.
-#[test]
-fn every_thread_is_filtered_by_default() -> Result<()> {
-    let Some(_turn) = host::turn("every_thread_is_filtered_by_default")? else {
-        return Ok(());
-    };
-    let dir = tempfile::tempdir()?;
-    let spec = VmSpec::new(64, "mem=16");
-    let vm = Vm::boot(dir.path(), "on", &spec)?;
-    let on = filters(vm.ferry.process.id())?;
-    ensure!(
-        on.len() > 3 && on.iter().all(|(_, mode)| mode == "2"),
-        "{on:?}"
-    );
-    let vm = Vm::boot_in(
-        Ferry::start(dir.path(), "off", &["--seccomp", "false"])?,
-        &spec,
-    )?;
-    let off = filters(vm.ferry.process.id())?;
-    ensure!(off.iter().all(|(_, mode)| mode == "0"), "{off:?}");
-    Ok(())
-}
-
-/// The name and the seccomp mode (2: filter) of each thread.
-fn filters(pid: u32) -> Result<Vec<(String, String)>> {
-    let mut all = Vec::new();
-    for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        let status = std::fs::read_to_string(task?.path().join("status"))?;
-        let field = |key: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(key));
-            line.unwrap_or_default().trim().to_owned()
-        };
-        all.push((field("Name:"), field("Seccomp:")));
-    }
-    Ok(all)
-}
-
 /// What a process holds: descriptors, threads, and MiB of memory mapped shared.
 fn holdings(pid: u32) -> Result<[usize; 3]> {
     let count = |what: &str| -> Result<usize> {
