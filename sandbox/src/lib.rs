@@ -13,7 +13,8 @@
 //! that starts others is allowed whatever they are.
 //!
 //! A forbidden call ends the process ([`FORBIDDEN_CALL_STATUS`]) with a line on standard error that
-//! names program, thread, kind and call.
+//! names program, thread, kind and call. A panic's message is written, but its backtrace
+//! (`RUST_BACKTRACE=1`) would read files: to have one, run with `--seccomp false`.
 //!
 //! # Where things are
 //! `profile.rs` is the one table of who may do what; `filter.rs` makes a program of a profile;

@@ -329,6 +329,20 @@ fn a_confined_thread_can_start_those_of_its_profile() {
 }
 
 #[test]
+fn a_panic_says_why_and_ends_its_thread() {
+    let test = "a_panic_says_why_and_ends_its_thread";
+    let environment = [("MALLOC_ARENA_MAX", "1"), ("RUST_BACKTRACE", "0")];
+    let output = in_child_with(test, &environment, || {
+        let spawner = filters(ThreadKind::VirtioNet, SeccompMode::Enforce).spawner();
+        let body = || panic!("on purpose");
+        let thread = spawner.spawn(ThreadKind::VirtioNet, "net", body).unwrap();
+        assert!(thread.join().is_err());
+    });
+    fine(&output);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("on purpose"));
+}
+
+#[test]
 fn many_threads_at_once_open_no_files() {
     let output = in_child_with("many_threads_at_once_open_no_files", &[], || {
         let filters = filters(ThreadKind::Vcpu, SeccompMode::Enforce);
