@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::Serialize;
 
 use super::contender::{Backing, Boot, Contender, Order, Said, Vmm, fresh, migrate};
@@ -46,6 +46,9 @@ pub struct Sample {
     pub gap_ms: f64,
     /// MiB on the wire.
     pub sent_mib: f64,
+    /// CPU time that source and destination took, without the guest's own: what is left to compare
+    /// where the machine is busy.
+    pub cpu_ms: f64,
     /// Rounds of memory.
     pub rounds: u64,
     /// Pages found wrong, of all.
@@ -75,6 +78,8 @@ pub struct MigrationRow {
     pub gap_ms: Option<Summary>,
     /// Over the samples.
     pub sent_mib: Option<Summary>,
+    /// Over the samples.
+    pub cpu_ms: Option<Summary>,
 }
 
 impl MigrationRow {
@@ -88,6 +93,7 @@ impl MigrationRow {
             downtime_ms: None,
             gap_ms: None,
             sent_mib: None,
+            cpu_ms: None,
         }
     }
 
@@ -97,6 +103,7 @@ impl MigrationRow {
         self.downtime_ms = of(|sample| sample.downtime_ms);
         self.gap_ms = of(|sample| sample.gap_ms);
         self.sent_mib = of(|sample| sample.sent_mib);
+        self.cpu_ms = of(|sample| sample.cpu_ms);
     }
 }
 
@@ -165,7 +172,13 @@ pub(super) fn measure(dir: &Path, plan: &Plan) -> Result<Vec<MigrationRow>> {
         })
         .collect();
     for run in 1..=plan.runs {
-        for row in &mut rows {
+        // Who comes second finds what the first left; so they change places.
+        let order: Vec<&mut MigrationRow> = if run % 2 == 1 {
+            rows.iter_mut().collect()
+        } else {
+            rows.iter_mut().rev().collect()
+        };
+        for row in order {
             let spec = Spec {
                 contender: row.contender,
                 case: row.case,
@@ -243,9 +256,12 @@ impl Spec<'_> {
             downtime_ms: self.case.downtime_target_ms,
             limit: LIMIT,
         };
+        let processes = [source.console().id(), destination.console().id()];
+        let before = cpu_ms(&processes)?;
         let Some(said) = migrate(&mut source, &mut destination, order)? else {
             return Ok(None);
         };
+        let cpu_ms = cpu_ms(&processes)? - before;
         let rest = source.console().take();
         log.feed(&rest)?;
         let console = destination.console();
@@ -258,6 +274,7 @@ impl Spec<'_> {
         Ok(Some(Sample {
             corrupt: verify.corrupt.max(u64::from(!complaints.is_empty())),
             verified: verify.pages,
+            cpu_ms,
             ..sample(said, gap_us)
         }))
     }
@@ -265,7 +282,8 @@ impl Spec<'_> {
     /// Has the pages ready that the next VMM takes; those of the pool always are.
     fn warm(&self) -> Result<()> {
         match self.contender.backing {
-            Backing::Memfd | Backing::Anon => warm(self.memory_mib),
+            Backing::Memfd => warm(self.memory_mib, false),
+            Backing::Anon => warm(self.memory_mib, true),
             Backing::Huge => Ok(()),
         }
     }
@@ -286,16 +304,37 @@ impl Spec<'_> {
         } = self.case;
         eprintln!(
             "run {run} {:14} {transport:4} rate {rate:3} target {downtime_target_ms} ms: total {} ms, \
-             downtime {} ms, gap {} ms, {} MiB, {} rounds, {} wrong pages",
+             downtime {} ms, gap {} ms, {} MiB, {} ms of CPU, {} rounds, {} wrong pages",
             self.contender.name(),
             sample.total_ms,
             sample.downtime_ms,
             sample.gap_ms,
             sample.sent_mib,
+            sample.cpu_ms,
             sample.rounds,
             sample.corrupt
         );
     }
+}
+
+/// CPU time of these processes so far, in user and kernel, without what their guests took.
+fn cpu_ms(processes: &[u32]) -> Result<f64> {
+    let mut ticks = 0;
+    for process in processes {
+        let stat = std::fs::read_to_string(format!("/proc/{process}/stat"))?;
+        ticks += own_ticks(&stat).with_context(|| format!("/proc/{process}/stat: {stat}"))?;
+    }
+    let per_second = u32::try_from(rustix::param::clock_ticks_per_second())?;
+    Ok(f64::from(u32::try_from(ticks)?) * 1000.0 / f64::from(per_second))
+}
+
+/// `utime` (14th field of proc(5)) and `stime` (15th), less `guest_time` (43rd), which is in the
+/// first.
+fn own_ticks(stat: &str) -> Option<u64> {
+    // The second field, in brackets, may have blanks in it.
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_ascii_whitespace().collect();
+    let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
+    Some((field(14)? + field(15)?).saturating_sub(field(43)?))
 }
 
 fn sample(said: Said, gap_us: u64) -> Sample {
@@ -306,6 +345,7 @@ fn sample(said: Said, gap_us: u64) -> Sample {
         downtime_ms: said.downtime_ms,
         gap_ms: ms(gap_us),
         sent_mib: (f64::from(kib) / 1024.0).round(),
+        cpu_ms: 0.0,
         rounds: said.rounds,
         corrupt: 0,
         verified: 0,
@@ -334,8 +374,6 @@ pub(super) fn ratio(
 
 #[cfg(test)]
 mod tests {
-    use anyhow::Context;
-
     use super::*;
 
     #[test]
@@ -344,6 +382,15 @@ mod tests {
         assert_eq!((plan.cases.len(), plan.contenders.len()), (12, 6));
         let quick = Plan::new(true, 1, 1024);
         assert_eq!(quick.cases.len(), 3);
+    }
+
+    #[test]
+    fn cpu_time_is_without_the_guests() {
+        let middle = "0 ".repeat(25);
+        let stat = format!("7 (a) b) S 4 5 6 7 8 9 10 11 12 13 500 70 16 17 {middle}400 44");
+        assert_eq!(own_ticks(&stat), Some(170));
+        assert_eq!(own_ticks("7 (a) S 1"), None);
+        assert!(cpu_ms(&[std::process::id()]).unwrap() >= 0.0);
     }
 
     #[test]

@@ -79,7 +79,7 @@ pub struct Results {
 /// # Errors
 /// When a VMM cannot be started at all. A migration that fails is a result.
 pub fn run(options: Options, dir: &Path) -> Result<Results> {
-    raise_priority();
+    let _priority = raise_priority();
     let before = load();
     let startup = if options.startup {
         startup::measure(dir, if options.quick { 5 } else { 15 })?
@@ -125,11 +125,43 @@ impl Results {
 }
 
 /// Other work on the machine shall disturb as little as may be; children inherit it.
-fn raise_priority() {
+fn raise_priority() -> SessionPriority {
     // SAFETY: it changes only this process's priority.
     let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
-    if result != 0 {
-        eprintln!("bench: cannot raise the priority (not root); figures may be noisier");
+    let session = SessionPriority::raise();
+    if result != 0 || session.0.is_none() {
+        eprintln!("bench: cannot raise the priority (not root?); figures may be noisier");
+    }
+    session
+}
+
+/// The session's weight among others, sched(7): where sessions are scheduled as groups, a
+/// process's own priority counts within its session only. Goes back to what it was when dropped.
+struct SessionPriority(Option<String>);
+
+impl SessionPriority {
+    const FILE: &str = "/proc/self/autogroup";
+
+    fn raise() -> Self {
+        let Ok(before) = std::fs::read_to_string(Self::FILE) else {
+            // A kernel without such groups: nothing to do.
+            return Self(Some(String::new()));
+        };
+        let nice = before.split_ascii_whitespace().last().unwrap_or("0");
+        Self(
+            std::fs::write(Self::FILE, "-20")
+                .is_ok()
+                .then(|| nice.to_owned()),
+        )
+    }
+}
+
+impl Drop for SessionPriority {
+    fn drop(&mut self) {
+        if let Some(nice) = self.0.as_deref().filter(|nice| !nice.is_empty()) {
+            // At worst the session stays a little more important.
+            let _ = std::fs::write(Self::FILE, nice);
+        }
     }
 }
 

@@ -57,7 +57,7 @@ fn migrations(out: &mut String, rows: &[MigrationRow]) {
             let _ = writeln!(
                 out,
                 "\nmigration over {}, guest dirties {} MiB/s, downtime target {} ms\n\
-                 {:16} {:>20} {:>22} {:>22} {:>20} {:>13} {:>6}",
+                 {:16} {:>20} {:>22} {:>22} {:>9} {:>17} {:>18} {:>6}",
                 row.case.transport,
                 row.case.rate,
                 row.case.downtime_target_ms,
@@ -66,7 +66,8 @@ fn migrations(out: &mut String, rows: &[MigrationRow]) {
                 "reported downtime ms",
                 "gap by guest ms",
                 "sent MiB",
-                "ratio tot/gap",
+                "CPU ms",
+                "ratio tot/gap/CPU",
                 "wrong"
             );
         }
@@ -74,20 +75,22 @@ fn migrations(out: &mut String, rows: &[MigrationRow]) {
             let show =
                 |ratio: Option<f64>| ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
             let total = show(ratio(rows, row, |row| row.total_ms));
-            format!("{total}/{}", show(ratio(rows, row, |row| row.gap_ms)))
+            let gap = show(ratio(rows, row, |row| row.gap_ms));
+            format!("{total}/{gap}/{}", show(ratio(rows, row, |row| row.cpu_ms)))
         } else {
             String::new()
         };
         let wrong: u64 = row.samples.iter().map(|sample| sample.corrupt).sum();
         let _ = writeln!(
             out,
-            "{:16} {:>20} {:>22} {:>22} {:>20} {ratios:>13} {wrong:>6}",
+            "{:16} {:>20} {:>22} {:>22} {:>9} {:>17} {ratios:>18} {wrong:>6}",
             row.contender.name(),
             show(row.total_ms),
             show(row.downtime_ms),
             show(row.gap_ms),
             row.sent_mib
                 .map_or("-".to_owned(), |sent| figure(sent.median)),
+            show(row.cpu_ms),
         );
         for failure in &row.failures {
             let _ = writeln!(out, "{:16} failed: {failure}", "");

@@ -12,15 +12,17 @@ const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 const HUGE_MIB: u64 = 2;
 const PAGE: usize = 4096;
 
-/// Touches `mib` MiB of fresh memory and gives them back, for others to take within seconds.
+/// Touches `mib` MiB of fresh memory and gives them back, for others to take within seconds. With
+/// `huge` in transparent huge pages, as those come from elsewhere than small ones.
 ///
 /// # Errors
 /// When there is not so much memory.
-pub(super) fn warm(mib: u64) -> Result<()> {
-    touch(mib, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).context("cannot warm memory")
+pub(super) fn warm(mib: u64, huge: bool) -> Result<()> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    touch(mib, flags, huge).context("cannot warm memory")
 }
 
-fn touch(mib: u64, flags: i32) -> io::Result<()> {
+fn touch(mib: u64, flags: i32, huge: bool) -> io::Result<()> {
     let bytes =
         usize::try_from(mib << 20).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -29,6 +31,14 @@ fn touch(mib: u64, flags: i32) -> io::Result<()> {
     if at == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
+    let advice = if huge {
+        libc::MADV_HUGEPAGE
+    } else {
+        libc::MADV_NOHUGEPAGE
+    };
+    // A kernel without transparent huge pages refuses, and has none either.
+    // SAFETY: the mapping made above.
+    unsafe { libc::madvise(at, bytes, advice) };
     let start = at.cast::<u8>();
     for offset in (0..bytes).step_by(PAGE) {
         // SAFETY: within the mapping made above, which only this function knows.
@@ -65,7 +75,7 @@ impl HugePool {
             bail!("the pool of 2 MiB pages has {got} of {wanted} pages");
         }
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
-        touch(mib, flags).context("cannot touch the pool of 2 MiB pages")?;
+        touch(mib, flags, false).context("cannot touch the pool of 2 MiB pages")?;
         Ok(pool)
     }
 }
