@@ -260,7 +260,7 @@ impl Linux {
     pub fn follow(&mut self, dir: &Path, destination: Ferry) -> Result<Ferry> {
         let left = std::mem::replace(&mut self.ferry, destination);
         let console = console_path(dir, self.ferry.name());
-        let followed = self.shell.follow(&console, Duration::from_secs(30));
+        let followed = self.shell.follow(&console, Duration::from_secs(120));
         followed.with_context(|| self.ferry.last_words())?;
         Ok(left)
     }

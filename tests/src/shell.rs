@@ -14,7 +14,7 @@ use crate::process::wait_for;
 
 /// How long one read waits; the limits of callers are kept to this precision.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// How often a guest that may not yet listen is spoken to.
+/// How long a guest that may not yet listen has for its first answer; twice as long each time.
 const HELLO: Duration = Duration::from_secs(2);
 /// Most bytes of one answer; more is a guest that has gone mad.
 const MAX_ANSWER: usize = 16 << 20;
@@ -89,15 +89,17 @@ impl Shell {
     /// When it does not within `limit`.
     pub fn greet(&mut self, limit: Duration) -> Result<()> {
         let deadline = Instant::now() + limit;
+        let mut patience = HELLO;
         loop {
             // What is left of an interrupted request ends here.
             self.write("\n")?;
-            match self.run("true", HELLO) {
+            match self.run("true", patience) {
                 Ok(_) => return Ok(()),
                 Err(error) if error.is::<ConsoleClosed>() || Instant::now() > deadline => {
                     return Err(error.context("the guest does not answer on its console"));
                 }
-                Err(_) => {}
+                // It may be slow: an answer to an earlier question does not count.
+                Err(_) => patience *= 2,
             }
         }
     }
@@ -187,17 +189,25 @@ impl Shell {
     /// # Errors
     /// When it does not end within `limit`.
     pub fn end_job(&mut self, name: &str, limit: Duration) -> Result<Answer> {
-        let status = wait_for(&format!("the end of {name} in the guest"), limit, || {
-            let answer = self.run(&format!("cat /tmp/{name}.status"), Duration::from_secs(30))?;
-            if answer.status == 0 {
-                return Ok(Some(answer.output.trim().parse::<u8>()?));
-            }
-            std::thread::sleep(PATIENCE);
-            Ok(None)
-        });
+        let status = self.wait_job(name, limit);
         let output = self.job_output(name)?;
         let status = status.with_context(|| output.clone())?;
         Ok(Answer { status, output })
+    }
+
+    /// Waits for the end of a job; gives its status.
+    ///
+    /// # Errors
+    /// When it does not end within `limit`.
+    pub fn wait_job(&mut self, name: &str, limit: Duration) -> Result<u8> {
+        let command = format!("cat /tmp/{name}.status");
+        wait_for(&format!("the end of {name} in the guest"), limit, || {
+            let answer = self.run(&command, Duration::from_secs(60))?;
+            if answer.status == 0 {
+                return Ok(Some(answer.output.trim().parse::<u8>()?));
+            }
+            Ok(None)
+        })
     }
 
     /// Asks a job to end.

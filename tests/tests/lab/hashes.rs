@@ -67,9 +67,13 @@ pub(crate) fn check(
     // The guest's program looks at packets after its network has.
     std::thread::sleep(Duration::from_secs(1));
     linux.shell.stop_job("rxhash")?;
-    let seen = linux.shell.end_job("rxhash", Duration::from_secs(30))?;
-    ensure!(seen.status == 0, "{}", seen.output);
-    compare(&seen.output, &settings.key)
+    let status = linux.shell.wait_job("rxhash", Duration::from_secs(60))?;
+    // The console is slow: neither the packets of streams nor what is in the others.
+    let output = linux.shell.ask(
+        "grep -v -E '\"(source|destination)_port\":7[0-9]{3},' /tmp/rxhash.log | sed 's/,\"head\".*/}/'",
+    )?;
+    ensure!(status == 0, "{output}");
+    compare(&output, &settings.key)
 }
 
 fn send_udp(to: IpAddr) -> Result<()> {
