@@ -5,6 +5,7 @@
 
 mod boot;
 mod hashes;
+mod migrate;
 mod net;
 mod streams;
 mod toeplitz;

@@ -33,6 +33,8 @@ pub(crate) struct Stream {
 pub(crate) struct Sum {
     /// Bytes that arrived.
     pub(crate) bytes: u64,
+    /// The longest time without any, as the receiver saw it.
+    pub(crate) longest_gap: Duration,
 }
 
 impl Stream {
@@ -82,6 +84,18 @@ impl Stream {
         })
     }
 
+    /// Waits until the host's end has reported `more` bytes than now: the stream flows.
+    pub(crate) fn wait_flow(&mut self, more: u64, limit: Duration) -> Result<()> {
+        let bytes =
+            |host: &Process| last_line(&host.output()).map_or(0, |line| number(&line, "bytes"));
+        let goal = bytes(&self.host) + more;
+        wait_for(&format!("progress of {}", self.name), limit, || {
+            self.host.check()?;
+            Ok((bytes(&self.host) >= goal).then_some(()))
+        })
+        .with_context(|| self.host.output())
+    }
+
     /// Waits for the end of the stream, which has its limits; both ends must agree on all bytes.
     pub(crate) fn finish(mut self, linux: &mut Linux) -> Result<Sum> {
         let guest = linux.shell.end_job(&self.name, DRAIN)?;
@@ -108,7 +122,17 @@ impl Stream {
         ensure!(receiver["first_wrong_byte"].is_null(), "{}", about());
         Ok(Sum {
             bytes: number(&receiver, "bytes"),
+            longest_gap: Duration::from_millis(number(&receiver, "longest_gap_ms")),
         })
+    }
+
+    /// Has the sender stop, then as [`Stream::finish`].
+    pub(crate) fn stop(self, linux: &mut Linux) -> Result<Sum> {
+        match self.direction {
+            Direction::In => self.host.terminate()?,
+            Direction::Out => linux.shell.stop_job(&self.name)?,
+        }
+        self.finish(linux)
     }
 }
 
