@@ -74,7 +74,10 @@ fn a_dirty_log_that_forgets_is_noticed() -> Result<()> {
         "{forgotten} pages were forgotten and nobody noticed: {found:?}"
     );
 
-    // What made the difference was the forgetting.
+    // What made the difference was the forgetting. On another bridge: the first one has learned
+    // that the card's address is at the destination, and tells nothing to a card at the source
+    // that only answers.
+    let card = Network::new(1)?;
     let dir = tempfile::tempdir()?;
     let (found, reported, forgotten) = migrate(dir.path(), card, false)?;
     ensure!(
