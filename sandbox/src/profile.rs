@@ -73,8 +73,8 @@ const THREADS: &[&str] = &[
 /// Waiting for the queues of a virtio device.
 const QUEUES: &[&str] = &["epoll_create1", "epoll_ctl", "epoll_pwait"];
 
-/// The client's side of vfio-user. Answers come to a reader thread.
-const VFIO_CLIENT: &[&str] = &["sendmsg", "shutdown"];
+/// A vfio-user connection. Of the threads that wait for an answer any may be the one that reads.
+const VFIO_USER: &[&str] = &["recvmsg", "sendmsg", "shutdown"];
 
 /// Sending and taking a migration's stream.
 const STREAM: &[&str] = &["recvfrom", "sendto", "shutdown"];
@@ -86,7 +86,6 @@ const OPEN_DEVICES: &[&str] = &[
     "listen",
     "open", // rustix
     "openat",
-    "recvmsg", // a vfio-user server's first answers
     "setsockopt",
     "socket",
     "statx",
@@ -245,7 +244,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 MEMORY,
                 LISTEN,
                 RESOLVE,
-                VFIO_CLIENT,
+                VFIO_USER,
                 &["lseek"], // in a kernel's file
             ],
             ioctls: &[KVM, TAP_OPEN, TAP_START, TAP_CONTROL, TERMINALS],
@@ -264,7 +263,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         // routes, a driver's DRIVER_OK starts a device's threads, a vfio-user access is a message,
         // and serial output may go to a socket.
         ThreadKind::Vcpu => Profile {
-            calls: &[RUNTIME, THREADS, VFIO_CLIENT, &["sendto"]],
+            calls: &[RUNTIME, THREADS, VFIO_USER, &["sendto"]],
             ioctls: &[RUN, ROUTES, TAP_START, TAP_CONTROL],
             resolves: false,
             starts: DEVICE_THREADS,
@@ -281,7 +280,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         },
         // Goes on with the VM where it was if the migration fails: devices start again.
         ThreadKind::MigrationSend => Profile {
-            calls: &[RUNTIME, THREADS, RESOLVE, CONNECT, STREAM, VFIO_CLIENT],
+            calls: &[RUNTIME, THREADS, RESOLVE, CONNECT, STREAM, VFIO_USER],
             ioctls: &[SAVE, ROUTES, TAP_START, TAP_CONTROL, &[FIONBIO, FIONREAD]],
             resolves: true,
             starts: DEVICE_THREADS,
@@ -294,7 +293,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 OPEN_DEVICES,
                 MEMORY,
                 STREAM,
-                VFIO_CLIENT,
+                VFIO_USER,
                 &["accept4"],
             ],
             ioctls: &[KVM, TAP_OPEN, TAP_START, TAP_CONTROL, TERMINALS],
@@ -331,9 +330,9 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
             resolves: false,
             starts: &[],
         },
-        // Reads answers, and answers what the server asks.
+        // Takes what the server asks, and answers.
         ThreadKind::VfioUser => Profile {
-            calls: &[RUNTIME, VFIO_CLIENT, &["recvmsg"]],
+            calls: &[RUNTIME, VFIO_USER],
             ioctls: &[],
             resolves: false,
             starts: &[],
@@ -341,12 +340,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         // The main thread of ferry-nic: serves its client, whose memory it maps, and runs the
         // card's threads.
         ThreadKind::VfioServer => Profile {
-            calls: &[
-                RUNTIME,
-                THREADS,
-                &["accept4", "recvmsg", "sendmsg", "shutdown"],
-                &["statx", "unlink"],
-            ],
+            calls: &[RUNTIME, THREADS, VFIO_USER, &["accept4", "statx", "unlink"]],
             ioctls: &[TAP_START, TAP_CONTROL],
             resolves: false,
             starts: &[

@@ -1,5 +1,6 @@
 use std::fs::File;
-use std::io::Write;
+use std::io::{IoSlice, IoSliceMut, Write};
+use std::mem::MaybeUninit;
 use std::net::ToSocketAddrs;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -9,6 +10,10 @@ use std::sync::Barrier;
 use std::time::Duration;
 
 use devices::terminal::Terminal;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvFlags, SendAncillaryBuffer, SendFlags, Shutdown, recvmsg, sendmsg,
+    shutdown,
+};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
@@ -228,6 +233,46 @@ fn the_server_of_a_card_connects_to_nobody() {
         &output,
         "(vfio-server) called forbidden system call 41 (socket)",
     );
+}
+
+/// Sends a message and reads it, with room for descriptors, as either end of vfio-user does.
+fn exchange(one: &UnixStream, other: &UnixStream) {
+    let sent = sendmsg(
+        one,
+        &[IoSlice::new(b"answer")],
+        &mut SendAncillaryBuffer::default(),
+        SendFlags::empty(),
+    );
+    let mut answer = [0; 6];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let received = recvmsg(
+        other,
+        &mut [IoSliceMut::new(&mut answer)],
+        &mut RecvAncillaryBuffer::new(&mut space),
+        RecvFlags::empty(),
+    );
+    assert_eq!((sent.unwrap(), received.unwrap().bytes), (6, 6));
+    shutdown(one, Shutdown::Both).unwrap();
+}
+
+/// Which one reads an answer is a matter of time, so that a run that goes well proves nothing.
+#[test]
+fn whoever_asks_a_vfio_user_server_may_read_its_answer() {
+    let test = "whoever_asks_a_vfio_user_server_may_read_its_answer";
+    let output = in_child(test, || {
+        for kind in [
+            ThreadKind::Vmm,
+            ThreadKind::Vcpu,
+            ThreadKind::MigrationSend,
+            ThreadKind::MigrationReceive,
+            ThreadKind::VfioUser,
+            ThreadKind::VfioServer,
+        ] {
+            let (one, other) = UnixStream::pair().unwrap();
+            run(kind, SeccompMode::Enforce, move || exchange(&one, &other));
+        }
+    });
+    fine(&output);
 }
 
 #[test]
