@@ -63,6 +63,14 @@ pub enum Event {
         #[serde(serialize_with = "text")]
         took_ms: u64,
     },
+    /// `vm: migration-dirty-log-restarted`, at the source: a writer's dirty log failed and was
+    /// started anew; all memory is sent again.
+    MigrationDirtyLogRestarted {
+        /// The dirty source: `vcpu`, `vmm`, or a device's id.
+        id: String,
+        /// Why.
+        reason: String,
+    },
     /// `vm: migration-finished`, at the source: the VM runs at the destination.
     MigrationFinished,
     /// `vm: migration-failed`, at the source: the VM runs on here, unless the reason says else.
@@ -122,6 +130,7 @@ impl Event {
             | Self::DeviceLost { .. }
             | Self::MigrationStarted
             | Self::MigrationMemoryIteration { .. }
+            | Self::MigrationDirtyLogRestarted { .. }
             | Self::MigrationFinished
             | Self::MigrationFailed { .. }
             | Self::MigrationReceiveReady
@@ -149,6 +158,7 @@ impl Event {
             Self::DeviceLost { .. } => "device-lost",
             Self::MigrationStarted => "migration-started",
             Self::MigrationMemoryIteration { .. } => "migration-memory-iteration",
+            Self::MigrationDirtyLogRestarted { .. } => "migration-dirty-log-restarted",
             Self::MigrationFinished => "migration-finished",
             Self::MigrationFailed { .. } => "migration-failed",
             Self::MigrationReceiveReady => "migration-receive-ready",

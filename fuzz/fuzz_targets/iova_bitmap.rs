@@ -4,11 +4,10 @@
 #![no_main]
 
 use arbitrary::Arbitrary;
+use iova_bitmap::{Iova, IovaBitmap, IovaRange, PageSize};
 use libfuzzer_sys::fuzz_target;
-use vm_migration::iova_bitmap::IovaBitmap;
-use vm_migration::{Iova, IovaRange, PageSize};
 
-#[path = "../../migration/src/iova_bitmap/naive.rs"]
+#[path = "../../migration/iova-bitmap/src/naive.rs"]
 mod naive;
 
 use naive::Naive;
@@ -52,6 +51,12 @@ enum Step {
     /// A base, the shift of its page size, and up to four words.
     OrWords(Address, u8, Vec<u64>),
     NextRun(Address, u16),
+    /// Takes so many runs out.
+    Drain(u8),
+    /// Stands for as many pages from another address on.
+    Retarget(Address, u8),
+    /// Goes on with the same addresses by pages so many times larger or smaller (a power of two).
+    Resample(i8),
     Merge,
     TakeInto,
     /// Goes on with the other bitmap.
@@ -108,7 +113,13 @@ impl Pair {
         let words = &words[..words.len().min(4)];
         let page = PageSize::new(1 << (shift % 64)).expect("a power of two");
         match self.real.or_words(Iova(base), page, words) {
-            Ok(()) => self.naive.or_words(base.into(), page.bytes().into(), words),
+            Ok(named) => {
+                let mut alone = self.naive.clone();
+                alone.set.clear();
+                alone.or_words(base.into(), page.bytes().into(), words);
+                assert_eq!(named, alone.set.len() as u64);
+                self.naive.set.append(&mut alone.set);
+            }
             Err(_) => assert!(
                 !base.is_multiple_of(page.bytes()),
                 "refused without a reason"
@@ -176,6 +187,40 @@ fn apply(step: &Step, one: &mut Pair, other: &mut Pair) {
             one.or_words(one.resolve(*address), *shift, words);
         }
         Step::NextRun(address, pages) => one.next_run(one.resolve(*address), *pages),
+        Step::Drain(runs) => {
+            let expected = one.naive.runs();
+            let runs = usize::from(*runs).min(expected.len());
+            let got: Vec<_> = one.real.drain().take(runs).map(wide).collect();
+            assert_eq!(got, expected[..runs]);
+            for (first, last) in got {
+                one.naive.clear_within(first, last);
+            }
+        }
+        Step::Retarget(address, pages) => {
+            let page = one.real.page_size();
+            let base = one.resolve(*address) & !(page.bytes() - 1);
+            let more = u64::from(*pages).saturating_mul(page.bytes());
+            let last = base.saturating_add(more) | (page.bytes() - 1);
+            let range = IovaRange::from_ends(Iova(base), Iova(last)).expect("in order");
+            if one.real.retarget(range).is_ok() {
+                one.naive = Naive::new(base, last, page.bytes());
+            }
+        }
+        Step::Resample(step) => {
+            let shift = one.real.page_size().shift();
+            let other = shift.saturating_add_signed((step % 4).into()).min(63);
+            let page = PageSize::new(1 << other).expect("a power of two");
+            let (base, last) = (one.naive.base, one.naive.last);
+            // The model tries page by page.
+            if one.real.pages() << shift.saturating_sub(other) > 2048 {
+                return;
+            }
+            one.real = one.real.resample(page).expect("few pages");
+            let mut naive = Naive::new(0, 0, page.bytes());
+            (naive.base, naive.last) = (base - base % u128::from(page.bytes()), last);
+            naive.merge(&one.naive);
+            one.naive = naive;
+        }
         Step::Merge => {
             one.real.merge(&other.real);
             one.naive.merge(&other.naive);

@@ -9,10 +9,11 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use vm_migration::dirty::GuestDirty;
+use vm_migration::dirty::{Collect, GuestDirty};
 use vm_migration::memory::RamRegion;
 use vm_migration::{
-    DirtyError, DirtySource, Gpa, Iova, IovaBitmap, IovaRange, PageSize, Precision,
+    Clearing, DirtyError, DirtySource, Gpa, Iova, IovaBitmap, IovaRange, PageSize, Precision,
+    Reported,
 };
 
 const GIB: u64 = 1 << 30;
@@ -145,15 +146,24 @@ impl DirtySource for Device {
         Ok(())
     }
 
-    fn report(&mut self, window: IovaRange, bitmap: &mut IovaBitmap) -> Result<(), DirtyError> {
+    fn report(
+        &mut self,
+        window: IovaRange,
+        bitmap: &mut IovaBitmap,
+    ) -> Result<Reported, DirtyError> {
         let base = Iova(window.first().0 - self.pages_before * PAGE);
         bitmap
             .or_words(base, PageSize::SIZE_4K, &self.words)
+            .map(Reported::counted)
             .map_err(|error| DirtyError::Backend {
                 source_id: "device".to_owned(),
                 operation: "report",
                 cause: Box::new(error),
             })
+    }
+
+    fn clearing(&mut self) -> Clearing<'_> {
+        Clearing::AtReport
     }
 
     fn stop(&mut self) -> Result<(), DirtyError> {
@@ -163,9 +173,9 @@ impl DirtySource for Device {
 
 /// One round: a report, then every run taken and confirmed.
 fn round(guest: &mut GuestDirty, sources: &mut [Box<dyn DirtySource>]) -> Result<u64, DirtyError> {
-    guest.collect(sources)?;
+    guest.collect(sources, Collect::default())?;
     let mut bytes = 0;
-    while let Some(run) = guest.next_run(RUN_BYTES) {
+    while let Some(run) = guest.next_run(RUN_BYTES, sources)? {
         bytes += run.len;
     }
     guest.acknowledge();

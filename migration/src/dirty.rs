@@ -19,17 +19,32 @@
 //!
 //! # When a source fails
 //!
-//! What it had not reported is unknown, and may have been cleared. [`GuestDirty::collect`] then
-//! marks *every* page dirty and returns the error: the engine fails this migration, and whoever
-//! tries again with the same `GuestDirty` sends everything. "Clean" is never concluded from an
-//! error.
+//! What it had not reported is unknown, and may have been cleared. "Clean" is never concluded from an
+//! error: [`GuestDirty::collect`] either starts the source anew and then marks *every* page dirty, or
+//! marks every page dirty and returns the error, as [`Collect::restarts`] says. Whoever tries again
+//! with the same `GuestDirty` sends everything.
 //!
-//! A guest's RAM is a few regions with holes between; each has a bitmap at the host's page size for
-//! what is dirty, one for what is in flight, and one into which sources report, reused so that a
-//! round allocates nothing.
+//! # Windows
+//!
+//! A guest's RAM is a few regions with holes between. They are cut into windows of at most
+//! [`WINDOW_BYTES`], each with a bitmap at the host's page size of what is dirty and one of what is
+//! in flight; both live as long as the migration, so that a round allocates nothing. Sources report
+//! straight into the bitmap of what is dirty, all of them into one window before the next, while it
+//! is in the cache; or several at a time, each into a bitmap of its thread, which is then ORed in
+//! under the window's lock ([`Collect::threads`]).
+//!
+//! # Two steps
+//!
+//! Some sources do not clear with the report but when told to ([`Clearing::BeforeSend`]). Pages are
+//! handed out of chunks of 64 MiB: the dirty pages of a chunk are taken out of its window, then such
+//! sources clear just these, and only then is the first of them handed out. So a page is read after
+//! its record is cleared, and a write that this read misses is reported again.
 
+mod chunk;
+mod collect;
 #[cfg(test)]
 mod fakes;
+mod layout;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
@@ -38,12 +53,22 @@ mod vmm_writes;
 
 use std::time::{Duration, Instant};
 
-use crate::addr::{Gpa, Iova, IovaRange, PageSize};
-use crate::iova_bitmap::{BitmapError, IovaBitmap};
-use crate::memory::RamRegion;
-use crate::source::{DirtyError, DirtySource, Precision};
+use iova_bitmap::IovaBitmap;
 
+use crate::addr::{Gpa, Iova, IovaRange, PageSize};
+use crate::memory::RamRegion;
+use crate::source::{Clearing, DirtyError, DirtySource};
+use crate::sync::Mutex;
+use chunk::Chunk;
+use layout::Window;
+
+pub use collect::{Collect, SourceReport};
+pub use layout::RamLayoutError;
 pub use vmm_writes::{VMM_SOURCE_ID, VmmWriteSource};
+
+/// The largest window of a report, in bytes of guest memory: what a kernel before 6.11 reports at a
+/// time (512 pages of bitmap, drivers/vfio/iova_bitmap.c).
+pub const WINDOW_BYTES: u64 = 64 << 30;
 
 /// Pages next to each other, to be sent in one go.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -54,95 +79,21 @@ pub struct GpaRun {
     pub len: u64,
 }
 
-/// What one source said in one [`GuestDirty::collect`].
-#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
-pub struct SourceReport {
-    /// The source's [`DirtySource::id`].
-    pub id: String,
-    /// Host pages it reported, whether or not another source reported them too.
-    pub pages: u64,
-    /// How exact it is.
-    pub precision: Precision,
-    /// The page size it tracks at, in bytes.
-    pub granularity: u64,
-    /// How long its report took, all regions together.
-    pub took: Duration,
-}
-
-/// Why dirty tracking of a guest cannot be set up.
-#[derive(Debug, thiserror::Error)]
-pub enum RamLayoutError {
-    /// There is no RAM to track.
-    #[error("the guest has no RAM region: give at least one")]
-    Empty,
-    /// A region does not consist of whole pages.
-    #[error(
-        "RAM of {len:#x} bytes at GPA {gpa} is not whole pages of {page_bytes:#x} bytes: align both"
-    )]
-    Misaligned {
-        /// Where the region starts.
-        gpa: Gpa,
-        /// Its length in bytes.
-        len: u64,
-        /// The host's page size in bytes.
-        page_bytes: u64,
-    },
-    /// Regions overlap or are not in rising order.
-    #[error("the RAM region at GPA {gpa} starts before the end of the one before it: sort them")]
-    OutOfOrder {
-        /// Where the later region starts.
-        gpa: Gpa,
-    },
-    /// A region's bitmaps cannot be made.
-    #[error("no dirty bitmaps for the RAM at GPA {gpa}")]
-    Bitmap {
-        /// Where the region starts.
-        gpa: Gpa,
-        /// What was wrong.
-        #[source]
-        source: BitmapError,
-    },
-}
-
-/// The bitmaps of one RAM region, whose IOVAs are GPAs.
-#[derive(Debug)]
-struct Region {
-    dirty: IovaBitmap,
-    in_flight: IovaBitmap,
-    /// Clean but while a source reports.
-    report: IovaBitmap,
-}
-
-impl Region {
-    fn new(region: RamRegion, page: PageSize) -> Result<Self, RamLayoutError> {
-        let RamRegion { gpa, len } = region;
-        if (gpa.0 | len) & (page.bytes() - 1) != 0 {
-            return Err(RamLayoutError::Misaligned {
-                gpa,
-                len,
-                page_bytes: page.bytes(),
-            });
-        }
-        let bitmap = || {
-            IovaBitmap::new(Iova(gpa.0), len, page)
-                .map_err(|source| RamLayoutError::Bitmap { gpa, source })
-        };
-        Ok(Self {
-            dirty: bitmap()?,
-            in_flight: bitmap()?,
-            report: bitmap()?,
-        })
-    }
-}
-
 /// The pages of a guest that are dirty, or on their way; see the [module](self).
 #[derive(Debug)]
 pub struct GuestDirty {
     page: PageSize,
-    regions: Vec<Region>,
-    /// Where [`Self::next_run`] goes on: a region's index and an address, before which the region
+    ranges: Vec<IovaRange>,
+    /// Of all ranges, in rising order. Locked only while several threads collect.
+    windows: Vec<Mutex<Window>>,
+    /// What [`Self::next_run`] hands out.
+    chunk: Chunk,
+    /// Where the next chunk is looked for: a window's index and an address, before which the window
     /// has nothing dirty.
     cursor: (usize, Iova),
+    /// Bitmaps of the threads that collect, made when first needed.
+    scratch: Vec<IovaBitmap>,
+    tracking_time: Duration,
 }
 
 /// Where a round starts.
@@ -155,23 +106,32 @@ impl GuestDirty {
     /// If there is no region, if one is not whole pages, or overlaps another, or memory for its
     /// bitmaps is short.
     pub fn new(regions: &[RamRegion], page: PageSize) -> Result<Self, RamLayoutError> {
-        let mut made: Vec<Region> = Vec::with_capacity(regions.len());
-        for region in regions {
-            let next = Region::new(*region, page)?;
-            if let Some(previous) = made.last()
-                && next.dirty.range().first() <= previous.dirty.range().last()
-            {
-                return Err(RamLayoutError::OutOfOrder { gpa: region.gpa });
-            }
-            made.push(next);
-        }
-        if made.is_empty() {
-            return Err(RamLayoutError::Empty);
-        }
+        Self::with_window(regions, page, WINDOW_BYTES)
+    }
+
+    /// As [`new`](Self::new), with windows of `bytes`, rounded down to whole words of 64 pages.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_window(
+        regions: &[RamRegion],
+        page: PageSize,
+        bytes: u64,
+    ) -> Result<Self, RamLayoutError> {
+        let ranges = layout::ranges(regions, page)?;
+        let windows = layout::windows(&ranges, page, bytes.min(WINDOW_BYTES))?;
+        let chunk = Chunk::new(page).map_err(|source| RamLayoutError::Bitmap {
+            gpa: Gpa::default(),
+            source,
+        })?;
         Ok(Self {
             page,
-            regions: made,
+            ranges,
+            windows,
+            chunk,
             cursor: START,
+            scratch: Vec::new(),
+            tracking_time: Duration::ZERO,
         })
     }
 
@@ -181,128 +141,134 @@ impl GuestDirty {
     }
 
     /// The RAM tracked, as [`DirtySource::start`] wants it.
-    pub fn ranges(&self) -> Vec<IovaRange> {
-        self.regions
-            .iter()
-            .map(|region| region.dirty.range())
-            .collect()
+    pub fn ranges(&self) -> &[IovaRange] {
+        &self.ranges
     }
 
     /// How many pages of RAM there are.
     pub fn total_pages(&self) -> u64 {
-        self.sum(|region| region.dirty.pages())
+        self.sum(|window| window.dirty.pages())
     }
 
     /// How many pages are dirty, those only in flight not counted.
     pub fn dirty_pages(&self) -> u64 {
-        self.sum(|region| region.dirty.count())
+        self.chunk.left() + self.sum(|window| window.dirty_pages)
     }
 
     /// How many pages are in flight.
     pub fn in_flight_pages(&self) -> u64 {
-        self.sum(|region| region.in_flight.count())
+        self.sum(Window::in_flight_pages)
+    }
+
+    /// How long this has spent on finding dirty pages since it was made: reports, merging, clearing
+    /// at the sources; not on reading or sending pages.
+    pub fn tracking_time(&self) -> Duration {
+        self.tracking_time
     }
 
     /// Makes every page dirty: the first round, or nothing is known.
     pub fn mark_all(&mut self) {
-        for region in &mut self.regions {
-            region.dirty.set_all();
+        self.chunk.forget();
+        for window in &mut self.windows {
+            window.get_mut().mark_all();
         }
         self.cursor = START;
     }
 
-    /// Takes what every source has to report, and starts a new round: [`next_run`](Self::next_run)
-    /// begins anew at the lowest page.
+    /// The next pages to send, in rising order and at most `max_bytes` (but at least one page);
+    /// they are in flight from now on. `None` ends the round.
+    ///
+    /// In a round no page is given twice. `sources` are those whose records must be cleared first
+    /// ([`Clearing::BeforeSend`]); none once nothing writes any more, as then nothing is written
+    /// after the read.
     ///
     /// # Errors
-    /// The first source's that fails. Every page is dirty then; the sources behind it were not
-    /// asked.
-    pub fn collect(
+    /// A source's that fails to clear. Every page is dirty then.
+    pub fn next_run(
         &mut self,
+        max_bytes: u64,
         sources: &mut [Box<dyn DirtySource>],
-    ) -> Result<Vec<SourceReport>, DirtyError> {
-        self.cursor = START;
-        let mut reports = Vec::with_capacity(sources.len());
-        for source in sources {
-            match self.collect_one(source.as_mut()) {
-                Ok(report) => reports.push(report),
+    ) -> Result<Option<GpaRun>, DirtyError> {
+        loop {
+            if let Some((window, run)) = self.chunk.next_run(max_bytes) {
+                if let Some(window) = self.windows.get_mut(window) {
+                    window.get_mut().send(run);
+                }
+                // A window's length is a `u64`, so that of a run in it is too.
+                return Ok(run.len().map(|len| GpaRun {
+                    gpa: Gpa(run.first().0),
+                    len,
+                }));
+            }
+            let began = Instant::now();
+            let taken = self.next_chunk(sources);
+            self.tracking_time = self.tracking_time.saturating_add(began.elapsed());
+            match taken {
+                Ok(true) => {}
+                Ok(false) => return Ok(None),
                 Err(error) => {
                     self.mark_all();
                     return Err(error);
                 }
             }
         }
-        Ok(reports)
     }
 
-    fn collect_one(&mut self, source: &mut dyn DirtySource) -> Result<SourceReport, DirtyError> {
-        let mut took = Duration::ZERO;
-        let mut pages = 0;
-        for region in &mut self.regions {
-            let window = region.report.range();
-            let started = Instant::now();
-            let reported = source.report(window, &mut region.report);
-            took += started.elapsed();
-            pages += region.report.count();
-            // On an error too: the report must be clean for the next one.
-            region.report.take_into(&mut region.dirty);
-            reported?;
+    /// Takes the dirty pages of the next chunk that has some out of its window and has them cleared
+    /// at the sources; false if no page is dirty.
+    fn next_chunk(&mut self, sources: &mut [Box<dyn DirtySource>]) -> Result<bool, DirtyError> {
+        let (mut index, mut from) = self.cursor;
+        while let Some(window) = self.windows.get_mut(index) {
+            if let Some(range) = self.chunk.take_from(index, window.get_mut(), from) {
+                self.cursor = match range.last().0.checked_add(1) {
+                    Some(next) => (index, Iova(next)),
+                    None => (index + 1, Iova(0)),
+                };
+                for source in sources {
+                    if let Clearing::BeforeSend(log) = source.clearing() {
+                        log.clear(range, self.chunk.pages())?;
+                    }
+                }
+                return Ok(true);
+            }
+            (index, from) = (index + 1, Iova(0));
+            self.cursor = (index, from);
         }
-        Ok(SourceReport {
-            id: source.id().to_owned(),
-            pages,
-            precision: source.precision(),
-            granularity: source.granularity().bytes(),
-            took,
-        })
+        Ok(false)
     }
 
-    /// The next pages to send, in rising order and at most `max_bytes` (but at least one page);
-    /// they are in flight from now on. `None` ends the round.
-    ///
-    /// In a round no page is given twice.
-    pub fn next_run(&mut self, max_bytes: u64) -> Option<GpaRun> {
-        loop {
-            let (index, from) = self.cursor;
-            let region = self.regions.get_mut(index)?;
-            let Some(run) = region.dirty.next_run(from, max_bytes) else {
-                self.cursor = (index + 1, Iova(0));
-                continue;
-            };
-            region.dirty.clear_range(run);
-            region.in_flight.set_range(run);
-            self.cursor = match run.last().0.checked_add(1) {
-                Some(next) => (index, Iova(next)),
-                None => (index + 1, Iova(0)),
-            };
-            // A region's length is a `u64`, so that of a run in it is too.
-            let len = run.len()?;
-            return Some(GpaRun {
-                gpa: Gpa(run.first().0),
-                len,
-            });
+    /// What of a chunk was not handed out is dirty as before; a new round begins.
+    fn give_back(&mut self) {
+        if let Some(index) = self.chunk.window()
+            && let Some(window) = self.windows.get_mut(index)
+        {
+            self.chunk.give_back(window.get_mut());
         }
+        self.cursor = START;
     }
 
     /// The destination has every page given out so far: none is in flight any more.
     ///
     /// Call it only when all runs since the last `acknowledge` or `put_back` are confirmed.
     pub fn acknowledge(&mut self) {
-        for region in &mut self.regions {
-            region.in_flight.clear();
+        for window in &mut self.windows {
+            window.get_mut().acknowledge();
         }
     }
 
     /// Makes the pages in flight dirty again: whether the destination has them is not known.
     /// The round starts anew.
     pub fn put_back(&mut self) {
-        for region in &mut self.regions {
-            region.in_flight.take_into(&mut region.dirty);
+        self.give_back();
+        for window in &mut self.windows {
+            window.get_mut().put_back();
         }
-        self.cursor = START;
     }
 
-    fn sum(&self, count: impl Fn(&Region) -> u64) -> u64 {
-        self.regions.iter().map(count).sum()
+    fn sum(&self, count: impl Fn(&Window) -> u64) -> u64 {
+        self.windows
+            .iter()
+            .map(|window| count(&window.lock()))
+            .sum()
     }
 }

@@ -1,4 +1,4 @@
-//! Live migration: the IOVA bitmap, dirty tracking, the wire protocol and the engine.
+//! Live migration: dirty tracking, the wire protocol and the engine.
 //!
 //! This crate knows no device, no KVM and no VMM. It sees guest memory, a list of
 //! [`DirtySource`]s that say which pages were written, and lists of [`StateSource`]s and
@@ -7,19 +7,19 @@
 pub mod addr;
 pub mod dirty;
 mod error_chain;
-pub mod iova_bitmap;
 pub mod memory;
 pub mod migrate;
 pub mod saved;
 pub mod snapshot;
 pub mod source;
 pub mod state;
+mod sync;
 
+pub use ::iova_bitmap::{BitmapError, IovaBitmap};
 pub use addr::{Gpa, Iova, IovaRange, PageSize};
-pub use dirty::{GpaRun, GuestDirty, SourceReport, VmmWriteSource};
+pub use dirty::{Collect, GpaRun, GuestDirty, SourceReport, VmmWriteSource};
 pub use error_chain::ErrorChain;
-pub use iova_bitmap::{BitmapError, IovaBitmap};
 pub use memory::{GuestMemory, MemoryHandle, RamRegion, WriteLog, mark_written};
 pub use snapshot::{SnapshotSink, SnapshotSource};
-pub use source::{DirtyError, DirtySource, Precision};
+pub use source::{Clearing, DeferredClear, DirtyError, DirtySource, Precision, Reported};
 pub use state::{Pause, PrecopyRead, SaveRestore, StateError, StateSink, StateSize, StateSource};

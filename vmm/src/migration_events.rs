@@ -17,6 +17,12 @@ pub fn tell(monitor: &EventMonitor, event: &MigrationEvent) {
             dirty_pages: round.dirty_pages,
             took_ms: round.took_us / 1000,
         }),
+        MigrationEvent::DirtyLogRestarted { source, why } => {
+            monitor.tell(Event::MigrationDirtyLogRestarted {
+                id: source.clone(),
+                reason: why.clone(),
+            });
+        }
         MigrationEvent::Phase(side) => {
             let (end, phase) = match side {
                 Side::Source(phase) => (event_monitor::Side::Source, phase.name()),
@@ -89,6 +95,10 @@ mod tests {
         for event in [
             MigrationEvent::Phase(Side::Source(SourcePhase::Precopy { round: 1 })),
             MigrationEvent::Round(round),
+            MigrationEvent::DirtyLogRestarted {
+                source: "nic0".to_owned(),
+                why: "EIO".to_owned(),
+            },
             MigrationEvent::Phase(Side::Source(aborted)),
             MigrationEvent::Phase(Side::Destination(DestinationPhase::Running)),
         ] {
@@ -109,6 +119,7 @@ mod tests {
             [
                 r#"migration-phase {"phase":"precopy","side":"source"}"#,
                 r#"migration-memory-iteration {"bytes":"5000","dirty_pages":"3","id":"1","took_ms":"7"}"#,
+                r#"migration-dirty-log-restarted {"id":"nic0","reason":"EIO"}"#,
                 r#"migration-phase {"phase":"aborted","side":"source"}"#,
                 r#"migration-failed {"reason":"cut"}"#,
                 r#"migration-phase {"phase":"running","side":"destination"}"#,

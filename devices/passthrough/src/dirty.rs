@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use vm_migration::{DirtyError, DirtySource, Iova, IovaBitmap, IovaRange, PageSize, Precision};
+use vm_migration::{
+    Clearing, DirtyError, DirtySource, Iova, IovaBitmap, IovaRange, PageSize, Precision, Reported,
+};
 
-use crate::backend::BackendError;
 use crate::device::Inner;
 
 /// What a log is in.
@@ -18,18 +19,26 @@ enum Log {
     Lost,
 }
 
+/// One mapped region, as the device reports it: whole, whatever the window.
+struct Piece {
+    region: IovaRange,
+    /// What was reported and not yet given out, at the page size the device chose.
+    kept: IovaBitmap,
+    /// Where the window behind the last one starts: while windows follow on each other, the report
+    /// made for the first of them serves.
+    next: Option<Iova>,
+}
+
 /// The pages a passthrough device writes.
 ///
 /// The log is asked region by region as they are mapped, because some servers know no other
-/// windows. An error of any report holds until the log is started anew: it never reads as clean.
+/// pieces. An error of any report holds until the log is started anew: it never reads as clean.
 pub struct PassthroughDirty {
     inner: Arc<Inner>,
     page: PageSize,
     log: Log,
-    /// The mapped regions at the start.
-    regions: Vec<IovaRange>,
-    /// Kept from report to report.
-    words: Vec<u64>,
+    /// The mapped regions at the start, in rising order.
+    pieces: Vec<Piece>,
 }
 
 impl PassthroughDirty {
@@ -38,8 +47,7 @@ impl PassthroughDirty {
             inner,
             page: PageSize::SIZE_4K,
             log: Log::Off,
-            regions: Vec::new(),
-            words: Vec::new(),
+            pieces: Vec::new(),
         }
     }
 
@@ -63,58 +71,68 @@ impl PassthroughDirty {
         }
     }
 
-    /// One region's report, at the page size the device chose.
-    fn report_region(
+    /// Gives out what of `window` is in the region of number `index`, asking the device unless it
+    /// was asked for an earlier window of the same round.
+    fn report_piece(
         &mut self,
-        region: IovaRange,
+        index: usize,
+        window: IovaRange,
         bitmap: &mut IovaBitmap,
-    ) -> Result<(), DirtyError> {
-        let pages = (region.last().0 - region.first().0) / self.page.bytes() + 1;
-        let words = usize::try_from(pages.div_ceil(64))
-            .map_err(|_| self.failed("report", "the region is too large for this host"))?;
-        self.words.clear();
-        self.words.resize(words, 0);
-        let reported = self
-            .inner
-            .backend
-            .report_log(region, self.page, &mut self.words);
-        reported.map_err(|cause: BackendError| self.failed("report", cause))?;
-        bitmap
-            .or_words(region.first(), self.page, &self.words)
-            .map_err(|cause| self.failed("report", cause))
+    ) -> Result<u64, DirtyError> {
+        let Some(piece) = self.pieces.get_mut(index) else {
+            return Ok(0);
+        };
+        if piece.next != Some(window.first()) {
+            let words = piece.kept.words_mut();
+            let asked = self
+                .inner
+                .backend
+                .report_log(piece.region, self.page, words);
+            if let Err(cause) = asked {
+                return Err(self.failed("report", cause));
+            }
+        }
+        let named = piece.kept.take_into(bitmap);
+        if piece.region.last() <= window.last() {
+            // A page that reaches over the window's end was given out with it.
+            piece.kept.clear();
+            piece.next = None;
+        } else {
+            piece.next = window.last().0.checked_add(1).map(Iova);
+        }
+        Ok(named)
     }
 
     fn report_window(
         &mut self,
         window: IovaRange,
         bitmap: &mut IovaBitmap,
-    ) -> Result<(), DirtyError> {
+    ) -> Result<u64, DirtyError> {
         // A report clears at the device, so nothing may fall outside of the bitmap.
         if !bitmap.covers(window) {
             return Err(self.not_tracked(window));
         }
         let mut next = Some(window.first().0);
-        for index in 0..self.regions.len() {
-            let Some(&region) = self.regions.get(index) else {
-                break;
-            };
-            if region.last() < window.first() || region.first() > window.last() {
+        let mut named = 0;
+        for index in 0..self.pieces.len() {
+            let Some(part) = self
+                .pieces
+                .get(index)
+                .and_then(|piece| piece.region.intersection(window))
+            else {
                 continue;
+            };
+            if next == Some(part.first().0) {
+                next = part.last().0.checked_add(1);
             }
-            if region.first() < window.first() || region.last() > window.last() {
-                return Err(self.not_tracked(region));
-            }
-            if next == Some(region.first().0) {
-                next = region.last().0.checked_add(1);
-            }
-            self.report_region(region, bitmap)?;
+            named += self.report_piece(index, window, bitmap)?;
         }
         // Memory of the window that the device cannot reach it does not write; but then somebody
         // thought that it could.
         if next != window.last().0.checked_add(1) {
             return Err(self.not_tracked(window));
         }
-        Ok(())
+        Ok(named)
     }
 }
 
@@ -155,12 +173,27 @@ impl DirtySource for PassthroughDirty {
             .map_err(|cause| self.failed("start", cause))?;
         // Reports are of 4 KiB pages at least.
         self.page = chosen.max(PageSize::SIZE_4K);
-        self.regions = regions;
+        self.pieces = regions
+            .into_iter()
+            .map(|region| {
+                let kept = IovaBitmap::over(region, self.page)
+                    .map_err(|cause| self.failed("start", cause))?;
+                Ok(Piece {
+                    region,
+                    kept,
+                    next: None,
+                })
+            })
+            .collect::<Result<_, DirtyError>>()?;
         self.log = Log::On;
         Ok(())
     }
 
-    fn report(&mut self, window: IovaRange, bitmap: &mut IovaBitmap) -> Result<(), DirtyError> {
+    fn report(
+        &mut self,
+        window: IovaRange,
+        bitmap: &mut IovaBitmap,
+    ) -> Result<Reported, DirtyError> {
         match self.log {
             Log::On => {}
             Log::Off => return Err(self.failed("report", "the log was not started")),
@@ -170,7 +203,11 @@ impl DirtySource for PassthroughDirty {
         if reported.is_err() {
             self.log = Log::Lost;
         }
-        reported
+        reported.map(Reported::counted)
+    }
+
+    fn clearing(&mut self) -> Clearing<'_> {
+        Clearing::AtReport
     }
 
     fn stop(&mut self) -> Result<(), DirtyError> {

@@ -29,8 +29,10 @@ const REGIONS: [RamRegion; 2] = [
     },
 ];
 /// Page sizes of the sources in pages of the host: two exact, one coarse that reaches over the end
-/// of both regions.
-const GRANULES: [u64; 3] = [1, 1, 8];
+/// of both regions, and the one that clears only when told to.
+const GRANULES: [u64; SOURCES] = [1, 1, 8, 1];
+const SOURCES: usize = 4;
+const DEFERRED: usize = 3;
 
 /// The pages of both regions by GPA.
 fn all_pages() -> impl Iterator<Item = u64> {
@@ -53,9 +55,10 @@ fn region_of(page: u64) -> u64 {
 enum Step {
     /// A source's writer writes some pages from one on.
     Write(usize, proptest::sample::Index, u64),
-    Collect,
-    /// A collect in which a source fails at a region.
-    FailedCollect(usize, usize),
+    /// On so many threads.
+    Collect(usize),
+    /// A collect in which a source fails at a region, and perhaps is started anew.
+    FailedCollect(usize, usize, bool),
     NextRun(u64),
     Acknowledge,
     PutBack,
@@ -67,8 +70,9 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         8 => (source.clone(), any::<proptest::sample::Index>(), 1u64..90)
             .prop_map(|(source, page, count)| Step::Write(source, page, count)),
-        4 => Just(Step::Collect),
-        1 => (source, 0..REGIONS.len()).prop_map(|(s, region)| Step::FailedCollect(s, region)),
+        4 => (1usize..4).prop_map(Step::Collect),
+        1 => (source, 0..REGIONS.len(), any::<bool>())
+            .prop_map(|(s, region, restart)| Step::FailedCollect(s, region, restart)),
         8 => (0u64..80).prop_map(Step::NextRun),
         2 => Just(Step::Acknowledge),
         2 => Just(Step::PutBack),
@@ -81,9 +85,11 @@ type Versions = std::collections::BTreeMap<u64, u32>;
 /// The naive model; every set is of GPAs of pages.
 struct Model {
     version: Versions,
-    /// Reported by no source yet, per source.
-    pending: [BTreeSet<u64>; 3],
+    /// Not yet reported, per source; of the deferred one: not yet cleared.
+    pending: [BTreeSet<u64>; SOURCES],
     dirty: BTreeSet<u64>,
+    /// Of `dirty`, those of the chunk being handed out: cleared at the deferred source.
+    chunk: BTreeSet<u64>,
     in_flight: BTreeSet<u64>,
     /// Page and version of each page given out and not confirmed.
     sent: Vec<(u64, u32)>,
@@ -98,6 +104,7 @@ impl Model {
             version: zero.clone(),
             pending: Default::default(),
             dirty: BTreeSet::new(),
+            chunk: BTreeSet::new(),
             in_flight: BTreeSet::new(),
             sent: Vec::new(),
             delivered: zero,
@@ -119,38 +126,52 @@ impl Model {
     }
 
     fn collect(&mut self) {
-        for pending in &mut self.pending {
-            self.dirty.append(pending);
+        for (index, pending) in self.pending.iter_mut().enumerate() {
+            self.dirty.extend(pending.iter());
+            if index != DEFERRED {
+                pending.clear();
+            }
         }
-        self.given_this_round.clear();
+        self.new_round();
     }
 
-    /// The sources up to the failing one were asked; that one lost what it had for the regions up
-    /// to the failing one.
-    fn failed_collect(&mut self, source: usize, region: usize) {
+    /// All other sources were asked; the failing one lost what it had for the regions up to the
+    /// failing one, and then all of it if it was started anew.
+    fn failed_collect(&mut self, source: usize, region: usize, restarted: bool) {
         for (index, pending) in self.pending.iter_mut().enumerate() {
-            if index < source {
+            if index == source && restarted {
                 pending.clear();
-            } else if index == source {
-                pending.retain(|page| region_of(*page) > REGIONS[region].gpa.0);
+            } else if index != DEFERRED {
+                let kept = REGIONS[region].gpa.0;
+                pending.retain(|page| index == source && region_of(*page) > kept);
             }
         }
         self.mark_all();
     }
 
-    fn mark_all(&mut self) {
-        self.dirty.extend(all_pages());
+    fn new_round(&mut self) {
+        self.chunk.clear();
         self.given_this_round.clear();
     }
 
+    fn mark_all(&mut self) {
+        self.dirty.extend(all_pages());
+        self.new_round();
+    }
+
     fn next_run(&mut self, max_pages: u64) -> Option<GpaRun> {
-        let first = *self.dirty.first()?;
+        if self.chunk.is_empty() {
+            // A region is smaller than a chunk.
+            let region = region_of(*self.dirty.first()?);
+            let dirty = self.dirty.iter().copied();
+            self.chunk = dirty.filter(|page| region_of(*page) == region).collect();
+            self.pending[DEFERRED].retain(|page| !self.chunk.contains(page));
+        }
+        let first = *self.chunk.first()?;
         let mut len = 0;
-        while len < max_pages.max(1) * PAGE
-            && self.dirty.contains(&(first + len))
-            && region_of(first + len) == region_of(first)
-        {
+        while len < max_pages.max(1) * PAGE && self.chunk.contains(&(first + len)) {
             let page = first + len;
+            self.chunk.remove(&page);
             self.dirty.remove(&page);
             self.in_flight.insert(page);
             self.sent.push((page, self.version[&page]));
@@ -176,7 +197,7 @@ impl Model {
     fn put_back(&mut self) {
         self.sent.clear();
         self.dirty.append(&mut self.in_flight);
-        self.given_this_round.clear();
+        self.new_round();
     }
 }
 
@@ -194,10 +215,11 @@ impl Bench {
             .iter()
             .enumerate()
             .map(|(index, pages)| {
-                FakeSource::new(
-                    &format!("source{index}"),
-                    PageSize::new(pages * PAGE).unwrap(),
-                )
+                let id = format!("source{index}");
+                if index == DEFERRED {
+                    return FakeSource::deferred(&id);
+                }
+                FakeSource::new(&id, PageSize::new(pages * PAGE).unwrap())
             })
             .collect();
         Self {
@@ -223,20 +245,32 @@ impl Bench {
                     .map(|page| IovaRange::new(Iova(*page), PAGE).unwrap());
                 self.scripts[*source].lock().writes.extend(ranges);
             }
-            Step::Collect => {
-                let reports = self.dirty.collect(&mut self.sources).unwrap();
+            Step::Collect(threads) => {
+                let how = Collect {
+                    restarts: 0,
+                    threads: *threads,
+                };
+                let reports = self.dirty.collect(&mut self.sources, how).unwrap();
                 for (report, pending) in reports.iter().zip(&self.model.pending) {
-                    prop_assert_eq!(report.pages, pending.len() as u64);
+                    prop_assert_eq!(report.pages, Some(pending.len() as u64));
                 }
                 self.model.collect();
             }
-            Step::FailedCollect(source, region) => {
+            Step::FailedCollect(source, region, restart) => {
                 self.scripts[*source].lock().fail_at = Some(Iova(REGIONS[*region].gpa.0));
-                prop_assert!(self.dirty.collect(&mut self.sources).is_err());
-                self.model.failed_collect(*source, *region);
+                let how = Collect {
+                    restarts: u32::from(*restart),
+                    threads: 1,
+                };
+                let collected = self.dirty.collect(&mut self.sources, how);
+                prop_assert_eq!(collected.is_ok(), *restart);
+                self.model.failed_collect(*source, *region, *restart);
             }
             Step::NextRun(pages) => {
-                let run = self.dirty.next_run(pages * PAGE + 7);
+                let run = self
+                    .dirty
+                    .next_run(pages * PAGE + 7, &mut self.sources)
+                    .unwrap();
                 prop_assert_eq!(run, self.model.next_run(*pages));
             }
             Step::Acknowledge => {
@@ -274,11 +308,11 @@ proptest! {
         }
         // The guest stands still: one last round.
         bench.step(&Step::PutBack)?;
-        bench.step(&Step::Collect)?;
+        bench.step(&Step::Collect(1))?;
         while !bench.model.dirty.is_empty() {
             bench.step(&Step::NextRun(33))?;
         }
-        prop_assert_eq!(bench.dirty.next_run(u64::MAX), None);
+        prop_assert_eq!(bench.dirty.next_run(u64::MAX, &mut []).unwrap(), None);
         bench.step(&Step::Acknowledge)?;
         prop_assert_eq!(&bench.model.delivered, &bench.model.version);
     }
@@ -296,7 +330,7 @@ fn a_copy_under_fire_becomes_equal() {
     let memory = MemoryHandle::new(map_ram(mappings.into()).unwrap());
     let mut dirty = GuestDirty::new(&ram_regions(&memory.memory()), PageSize::SIZE_4K).unwrap();
     let mut vmm = VmmWriteSource::new(memory.clone());
-    vmm.start(&dirty.ranges()).unwrap();
+    vmm.start(dirty.ranges()).unwrap();
     let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(vmm)];
     dirty.mark_all();
 
@@ -326,8 +360,8 @@ fn a_copy_under_fire_becomes_equal() {
                     writer.join().unwrap();
                 }
             }
-            dirty.collect(&mut sources).unwrap();
-            while let Some(run) = dirty.next_run(9 * PAGE) {
+            dirty.collect(&mut sources, Collect::default()).unwrap();
+            while let Some(run) = dirty.next_run(9 * PAGE, &mut []).unwrap() {
                 for page in (run.gpa.0..run.gpa.0 + run.len).step_by(4096) {
                     on_the_way.push_back((page, read(page)));
                 }

@@ -5,6 +5,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use super::fakes::FakeSource;
 use super::*;
 use crate::memory::{Backing, MemoryHandle, RamMapping, map_ram, mark_written, ram_regions};
+use crate::source::Precision;
 
 const PAGE: u64 = 4096;
 const LOW: RamRegion = RamRegion {
@@ -32,7 +33,7 @@ fn page_range(gpa: u64, pages: u64) -> IovaRange {
 }
 
 fn runs(dirty: &mut GuestDirty, max_bytes: u64) -> Vec<GpaRun> {
-    std::iter::from_fn(|| dirty.next_run(max_bytes)).collect()
+    std::iter::from_fn(|| dirty.next_run(max_bytes, &mut []).unwrap()).collect()
 }
 
 #[test]
@@ -79,7 +80,7 @@ fn a_round_gives_each_page_once_cut_to_size() {
         "no run spans regions"
     );
     assert_eq!((dirty.dirty_pages(), dirty.in_flight_pages()), (0, 198));
-    assert_eq!(dirty.next_run(u64::MAX), None);
+    assert_eq!(dirty.next_run(u64::MAX, &mut []).unwrap(), None);
     dirty.acknowledge();
     dirty.put_back();
     assert_eq!(
@@ -93,8 +94,11 @@ fn a_round_gives_each_page_once_cut_to_size() {
 fn a_limit_below_a_page_gives_a_page() {
     let mut dirty = guest();
     dirty.mark_all();
-    assert_eq!(dirty.next_run(0), Some(run(0, 1)));
-    assert_eq!(dirty.next_run(PAGE + 1), Some(run(PAGE, 1)));
+    assert_eq!(dirty.next_run(0, &mut []).unwrap(), Some(run(0, 1)));
+    assert_eq!(
+        dirty.next_run(PAGE + 1, &mut []).unwrap(),
+        Some(run(PAGE, 1))
+    );
 }
 
 #[test]
@@ -105,8 +109,11 @@ fn the_last_page_of_the_address_space_is_tracked() {
     };
     let mut dirty = GuestDirty::new(&[top], PageSize::SIZE_4K).unwrap();
     dirty.mark_all();
-    assert_eq!(dirty.next_run(u64::MAX), Some(run(top.gpa.0, 1)));
-    assert_eq!(dirty.next_run(u64::MAX), None);
+    assert_eq!(
+        dirty.next_run(u64::MAX, &mut []).unwrap(),
+        Some(run(top.gpa.0, 1))
+    );
+    assert_eq!(dirty.next_run(u64::MAX, &mut []).unwrap(), None);
 }
 
 #[test]
@@ -117,19 +124,22 @@ fn what_two_sources_wrote_is_sent_once() {
     vcpu.script().lock().writes.push(page_range(20 * PAGE, 2));
     nic.script().lock().writes.push(page_range(21 * PAGE, 1));
     let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(vcpu), Box::new(nic)];
-    let reports = dirty.collect(&mut sources).unwrap();
+    let reports = dirty.collect(&mut sources, Collect::default()).unwrap();
     let said: Vec<_> = reports
         .iter()
         .map(|report| (report.id.as_str(), report.pages, report.granularity))
         .collect();
-    assert_eq!(said, [("vcpu", 2, PAGE), ("nic0", 16, 16 * PAGE)]);
+    assert_eq!(
+        said,
+        [("vcpu", Some(2), PAGE), ("nic0", Some(16), 16 * PAGE)]
+    );
     assert_eq!(runs(&mut dirty, u64::MAX), [run(16 * PAGE, 16)]);
     assert!(
         dirty
-            .collect(&mut sources)
+            .collect(&mut sources, Collect::default())
             .unwrap()
             .iter()
-            .all(|report| report.pages == 0)
+            .all(|report| report.pages == Some(0))
     );
 }
 
@@ -140,13 +150,13 @@ fn pages_in_flight_come_back() {
     let script = vcpu.script();
     let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(vcpu)];
     script.lock().writes.push(page_range(0, 3));
-    dirty.collect(&mut sources).unwrap();
-    assert_eq!(dirty.next_run(PAGE), Some(run(0, 1)));
+    dirty.collect(&mut sources, Collect::default()).unwrap();
+    assert_eq!(dirty.next_run(PAGE, &mut []).unwrap(), Some(run(0, 1)));
     // Written again while in flight: dirty and in flight.
     script.lock().writes.push(page_range(0, 1));
-    dirty.collect(&mut sources).unwrap();
+    dirty.collect(&mut sources, Collect::default()).unwrap();
     assert_eq!((dirty.dirty_pages(), dirty.in_flight_pages()), (3, 1));
-    dirty.next_run(2 * PAGE);
+    dirty.next_run(2 * PAGE, &mut []).unwrap();
     dirty.put_back();
     assert_eq!((dirty.dirty_pages(), dirty.in_flight_pages()), (3, 0));
     assert_eq!(runs(&mut dirty, u64::MAX), [run(0, 3)]);
@@ -159,17 +169,137 @@ fn a_failed_report_makes_everything_dirty() {
     broken.script().lock().fail_at = Some(Iova(HIGH.gpa.0));
     broken.script().lock().writes.push(page_range(0, 1));
     let other = FakeSource::new("vcpu", PageSize::SIZE_4K);
-    let unasked = other.script();
-    unasked.lock().writes.push(page_range(PAGE, 1));
+    let asked = other.script();
+    asked.lock().writes.push(page_range(PAGE, 1));
     let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(broken), Box::new(other)];
-    let error = dirty.collect(&mut sources).unwrap_err();
+    let error = dirty.collect(&mut sources, Collect::default()).unwrap_err();
     assert!(matches!(error, DirtyError::Backend { source_id, .. } if source_id == "nic0"));
     assert_eq!(dirty.dirty_pages(), dirty.total_pages());
+    assert!(asked.lock().writes.is_empty(), "all sources are asked");
+}
+
+#[test]
+fn a_failed_source_is_started_anew_and_everything_is_sent() {
+    let mut dirty = guest();
+    let broken = FakeSource::new("nic0", PageSize::SIZE_4K);
+    let script = broken.script();
+    script.lock().fail_at = Some(Iova(LOW.gpa.0));
+    let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(broken)];
+    let once = Collect {
+        restarts: 1,
+        ..Collect::default()
+    };
+    let report = dirty.collect(&mut sources, once).unwrap().remove(0);
+    assert_eq!(report.precision, Precision::Everything);
+    assert!(report.failure.unwrap().contains("unplugged"));
+    assert_eq!(dirty.dirty_pages(), dirty.total_pages());
+    assert_eq!(script.lock().starts, 1);
+    assert_eq!(runs(&mut dirty, u64::MAX).len(), 2);
+    dirty.acknowledge();
+    // It reports again from then on.
+    script.lock().writes.push(page_range(PAGE, 1));
+    let report = dirty.collect(&mut sources, once).unwrap().remove(0);
+    assert_eq!((report.pages, report.failure), (Some(1), None));
+    assert_eq!(runs(&mut dirty, u64::MAX), [run(PAGE, 1)]);
+}
+
+#[test]
+fn a_source_that_cannot_be_started_anew_is_an_error() {
+    let mut dirty = guest();
+    let broken = FakeSource::new("nic0", PageSize::SIZE_4K);
+    broken.script().lock().fail_at = Some(Iova(LOW.gpa.0));
+    broken.script().lock().fail_start = true;
+    let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(broken)];
+    let once = Collect {
+        restarts: 1,
+        ..Collect::default()
+    };
+    let error = dirty.collect(&mut sources, once).unwrap_err();
+    assert!(matches!(
+        error,
+        DirtyError::Backend {
+            operation: "start",
+            ..
+        }
+    ));
+    assert_eq!(dirty.dirty_pages(), dirty.total_pages());
+}
+
+#[test]
+fn windows_are_asked_for_in_rising_order_and_in_whole_words() {
+    let regions = [LOW, HIGH];
+    let mut dirty = GuestDirty::with_window(&regions, PageSize::SIZE_4K, 65 * PAGE).unwrap();
+    let source = FakeSource::new("vcpu", PageSize::SIZE_4K);
+    let script = source.script();
+    let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(source)];
+    for threads in [1, 2] {
+        let how = Collect {
+            threads,
+            ..Collect::default()
+        };
+        script.lock().windows.clear();
+        dirty.collect(&mut sources, how).unwrap();
+        assert_eq!(
+            script.lock().windows,
+            [
+                page_range(0, 64),
+                page_range(64 * PAGE, 64),
+                page_range(HIGH.gpa.0, 64),
+                page_range(HIGH.gpa.0 + 64 * PAGE, 6),
+            ]
+        );
+    }
+}
+
+#[test]
+fn pages_are_cleared_at_their_source_before_they_are_handed_out() {
+    let mut dirty = guest();
+    let source = FakeSource::deferred("vcpu");
+    let script = source.script();
+    let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(source)];
+    let written = [page_range(3 * PAGE, 2), page_range(HIGH.gpa.0, 1)];
+    script.lock().writes.extend(written);
+    dirty.collect(&mut sources, Collect::default()).unwrap();
+    assert_eq!(script.lock().writes, written, "the report clears nothing");
+    let first = dirty.next_run(PAGE, &mut sources).unwrap();
+    assert_eq!(first, Some(run(3 * PAGE, 1)));
     assert_eq!(
-        unasked.lock().writes.len(),
-        1,
-        "what was not asked is still at its source"
+        script.lock().writes,
+        [written[1]],
+        "of the chunk everything, of the next nothing"
     );
+    // Written again before it was handed out: it goes, and comes again.
+    script.lock().writes.push(page_range(4 * PAGE, 1));
+    let rest: Vec<_> = std::iter::from_fn(|| dirty.next_run(PAGE, &mut sources).unwrap()).collect();
+    assert_eq!(rest, [run(4 * PAGE, 1), run(HIGH.gpa.0, 1)]);
+    dirty.acknowledge();
+    dirty.collect(&mut sources, Collect::default()).unwrap();
+    assert_eq!(runs(&mut dirty, u64::MAX), [run(4 * PAGE, 1)]);
+
+    script.lock().fail_clear = true;
+    dirty.collect(&mut sources, Collect::default()).unwrap();
+    assert!(matches!(
+        dirty.next_run(PAGE, &mut sources),
+        Err(DirtyError::Backend {
+            operation: "clear",
+            ..
+        })
+    ));
+    assert_eq!(dirty.dirty_pages(), dirty.total_pages());
+}
+
+#[test]
+fn what_of_a_chunk_was_not_handed_out_stays_dirty() {
+    let mut dirty = guest();
+    let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(FakeSource::deferred("vcpu"))];
+    dirty.mark_all();
+    dirty.next_run(10 * PAGE, &mut sources).unwrap();
+    assert_eq!((dirty.dirty_pages(), dirty.in_flight_pages()), (188, 10));
+    dirty.collect(&mut sources, Collect::default()).unwrap();
+    assert_eq!((dirty.dirty_pages(), dirty.in_flight_pages()), (188, 10));
+    dirty.put_back();
+    assert_eq!((dirty.dirty_pages(), dirty.in_flight_pages()), (198, 0));
+    assert_eq!(runs(&mut dirty, u64::MAX).len(), 2);
 }
 
 #[test]
@@ -189,7 +319,7 @@ fn the_vmm_source_reports_its_own_writes() {
     guest_memory.write_obj(1u8, GuestAddress(0x3000)).unwrap();
 
     let mut source = VmmWriteSource::new(memory.clone());
-    let ranges = dirty.ranges();
+    let ranges = dirty.ranges().to_vec();
     let mut bitmap = IovaBitmap::over(ranges[0], PageSize::SIZE_4K).unwrap();
     assert!(matches!(
         source.report(ranges[0], &mut bitmap),
@@ -203,7 +333,7 @@ fn the_vmm_source_reports_its_own_writes() {
 
     source.start(&ranges).unwrap();
     let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(source)];
-    dirty.collect(&mut sources).unwrap();
+    dirty.collect(&mut sources, Collect::default()).unwrap();
     assert_eq!(
         dirty.dirty_pages(),
         0,
@@ -211,12 +341,15 @@ fn the_vmm_source_reports_its_own_writes() {
     );
     guest_memory.write_obj(1u8, GuestAddress(0x5000)).unwrap();
     mark_written(&guest_memory, GuestAddress(HIGH.gpa.0 + 69 * PAGE), 1);
-    let report = dirty.collect(&mut sources).unwrap().remove(0);
-    assert_eq!((report.id.as_str(), report.pages), (VMM_SOURCE_ID, 2));
+    let report = dirty
+        .collect(&mut sources, Collect::default())
+        .unwrap()
+        .remove(0);
+    assert_eq!((report.id.as_str(), report.pages), (VMM_SOURCE_ID, Some(2)));
     assert_eq!(
         runs(&mut dirty, u64::MAX),
         [run(0x5000, 1), run(HIGH.gpa.0 + 69 * PAGE, 1)]
     );
     sources[0].stop().unwrap();
-    assert!(dirty.collect(&mut sources).is_err());
+    assert!(dirty.collect(&mut sources, Collect::default()).is_err());
 }

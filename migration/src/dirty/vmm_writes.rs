@@ -3,9 +3,9 @@
 use vm_memory::GuestAddressSpace;
 
 use crate::addr::{IovaRange, PageSize};
-use crate::iova_bitmap::IovaBitmap;
 use crate::memory::{self, LOG_PAGE, MemoryHandle};
-use crate::source::{DirtyError, DirtySource, Precision};
+use crate::source::{Clearing, DirtyError, DirtySource, Precision, Reported};
+use iova_bitmap::IovaBitmap;
 
 /// The [`DirtySource::id`] of [`VmmWriteSource`].
 pub const VMM_SOURCE_ID: &str = "vmm";
@@ -67,17 +67,26 @@ impl DirtySource for VmmWriteSource {
         Ok(())
     }
 
-    fn report(&mut self, window: IovaRange, bitmap: &mut IovaBitmap) -> Result<(), DirtyError> {
-        if !self.tracked.contains(&window) {
+    fn report(
+        &mut self,
+        window: IovaRange,
+        bitmap: &mut IovaBitmap,
+    ) -> Result<Reported, DirtyError> {
+        let within = |range: &IovaRange| range.intersection(window) == Some(window);
+        if !self.tracked.iter().any(within) {
             return Err(not_tracked(window));
         }
-        memory::drain_writes(&self.memory.memory(), window, bitmap).map_err(|error| {
-            DirtyError::Backend {
+        memory::drain_writes(&self.memory.memory(), window, bitmap)
+            .map(Reported::counted)
+            .map_err(|error| DirtyError::Backend {
                 source_id: VMM_SOURCE_ID.to_owned(),
                 operation: "report",
                 cause: Box::new(error),
-            }
-        })
+            })
+    }
+
+    fn clearing(&mut self) -> Clearing<'_> {
+        Clearing::AtReport
     }
 
     fn stop(&mut self) -> Result<(), DirtyError> {

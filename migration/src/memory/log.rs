@@ -8,7 +8,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegion
 
 use super::GuestMemory;
 use crate::addr::{Gpa, Iova, IovaRange, PageSize};
-use crate::iova_bitmap::{BitmapError, IovaBitmap};
+use iova_bitmap::{BitmapError, IovaBitmap};
 
 /// The page size of a [`WriteLog`].
 pub const LOG_PAGE: PageSize = PageSize::SIZE_4K;
@@ -62,7 +62,8 @@ pub fn mark_written(memory: &GuestMemory, start: GuestAddress, len: usize) {
 
 /// Moves what the logs of `memory` have for `window` into `bitmap`, whose IOVAs are GPAs.
 ///
-/// What of the window is not RAM adds nothing; what is outside the window stays in the log.
+/// What of the window is not RAM adds nothing; what is outside the window stays in the log. Returns
+/// how many pages of `bitmap` were named.
 ///
 /// # Errors
 /// If `bitmap` does not cover the window, whose pages would then be lost, or a region does not
@@ -71,7 +72,7 @@ pub fn drain_writes(
     memory: &GuestMemory,
     window: IovaRange,
     bitmap: &mut IovaBitmap,
-) -> Result<(), DrainError> {
+) -> Result<u64, DrainError> {
     if !bitmap.covers(window) {
         return Err(DrainError::NotCovered {
             first: window.first(),
@@ -83,11 +84,12 @@ pub fn drain_writes(
             return Err(DrainError::RegionMisaligned(Gpa(region.start_addr().0)));
         }
     }
+    let mut named = 0;
     for part in parts(memory, window) {
         let base = Iova(part.region.start_addr().0);
-        log_of(part.region).drain(part.offset, part.len, base, bitmap)?;
+        named += log_of(part.region).drain(part.offset, part.len, base, bitmap)?;
     }
-    Ok(())
+    Ok(named)
 }
 
 /// Forgets what the logs of `memory` have for `window`.
@@ -155,7 +157,7 @@ impl WriteLog {
     }
 
     /// Moves the bits of the pages that `len` bytes at `offset` touch into `bitmap`; byte 0 of the
-    /// log's region is at `base` there.
+    /// log's region is at `base` there. Returns how many pages of `bitmap` were named.
     ///
     /// # Errors
     /// If `base` is not a multiple of 4 KiB, or the region runs past 2^64. Nothing was taken then.
@@ -165,10 +167,9 @@ impl WriteLog {
         len: usize,
         base: Iova,
         bitmap: &mut IovaBitmap,
-    ) -> Result<(), BitmapError> {
+    ) -> Result<u64, BitmapError> {
         // No bits are ORed, but a misaligned base is refused before any is taken.
-        bitmap.or_words(base, LOG_PAGE, &[])?;
-        let mut refused = Ok(());
+        let mut named = bitmap.or_words(base, LOG_PAGE, &[]);
         self.take(offset, len, |index, bits| {
             let start = index
                 .checked_mul(WORD_BYTES)
@@ -176,12 +177,13 @@ impl WriteLog {
                 .and_then(|start| base.0.checked_add(start));
             // A word that starts beyond 2^64 stands for no address.
             if let Some(start) = start
-                && let Err(error) = bitmap.or_words(Iova(start), LOG_PAGE, &[bits])
+                && let Ok(sum) = named
             {
-                refused = Err(error);
+                let more = bitmap.or_words(Iova(start), LOG_PAGE, &[bits]);
+                named = more.map(|more| sum + more);
             }
         });
-        refused
+        named
     }
 
     /// Takes the bits of the pages that `len` bytes at `offset` touch and gives each word that had

@@ -8,7 +8,7 @@ use vm_memory::{Bytes, VolatileSlice};
 
 use super::*;
 use crate::addr::{Iova, IovaRange, PageSize};
-use crate::iova_bitmap::IovaBitmap;
+use iova_bitmap::IovaBitmap;
 
 const PAGE: u64 = 4096;
 

@@ -32,6 +32,13 @@ pub enum MigrationEvent {
     Phase(Side),
     /// A round is with the destination (source only).
     Round(RoundReport),
+    /// A dirty log failed and was started anew; all memory is sent again (source only).
+    DirtyLogRestarted {
+        /// The source's identifier.
+        source: String,
+        /// Why it failed.
+        why: String,
+    },
 }
 
 /// Is told what happens. Called on the migration's thread, also while the guest stands still: it

@@ -28,16 +28,22 @@ pub struct MigrationParams {
     /// Most bytes per second to send while the guest runs; `None` or 0 sends all the network
     /// takes. Not applied while the guest stands still.
     pub max_bandwidth: Option<u64>,
+    /// How often, all in all, a dirty log that fails is started anew while the guest runs, all of
+    /// its memory being sent again; the next failure, and any while the guest stands still, ends
+    /// the migration with the guest at the source.
+    pub dirty_log_restarts: u32,
 }
 
 impl Default for MigrationParams {
-    /// The defaults of Cloud Hypervisor: 300 ms, one hour, cancel, no limit.
+    /// The defaults of Cloud Hypervisor: 300 ms, one hour, cancel, no limit. Three restarts of
+    /// dirty logs.
     fn default() -> Self {
         Self {
             downtime_ms: 300,
             timeout_s: 3600,
             timeout_strategy: TimeoutStrategy::default(),
             max_bandwidth: None,
+            dirty_log_restarts: 3,
         }
     }
 }

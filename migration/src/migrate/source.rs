@@ -53,6 +53,10 @@ pub struct SourceParts {
     pub devices: Vec<Box<dyn StateSource>>,
     /// The vCPUs; their state is among the devices.
     pub vcpus: Box<dyn Pause>,
+    /// Threads that may ask dirty sources at once (see
+    /// [`Collect::threads`](crate::dirty::Collect::threads)); 1 unless changed. They are used once
+    /// asking one after the other has been seen to take long.
+    pub report_threads: usize,
     dirty: GuestDirty,
 }
 
@@ -75,6 +79,7 @@ impl SourceParts {
             sources,
             devices,
             vcpus,
+            report_threads: 1,
             dirty,
         };
         parts.check()?;
@@ -153,6 +158,8 @@ pub struct Report {
     pub downtime: Downtime,
     /// What each dirty source reported.
     pub sources: Vec<SourceStatus>,
+    /// Time spent on finding dirty pages (reports, merging, clearing at the sources), in µs.
+    pub tracking_us: u64,
     /// What could not be cleaned up here. The guest runs at the destination all the same.
     pub warnings: Vec<String>,
 }
@@ -217,6 +224,10 @@ struct Source<'a> {
     deadline: Option<Instant>,
     page_bytes: u64,
     collected: Option<Instant>,
+    /// Dirty logs that may still be started anew.
+    restarts: u32,
+    /// What tracking had cost before this migration, of the same parts.
+    tracking_before: Duration,
     costs: Costs,
     /// Of the frames since the last `RoundEnd`.
     sent: Sent,
@@ -262,6 +273,8 @@ impl<'a> Source<'a> {
             deadline: started.checked_add(params.timeout()),
             page_bytes: page.bytes(),
             collected: None,
+            restarts: params.dirty_log_restarts,
+            tracking_before: parts.dirty.tracking_time(),
             costs: Costs::default(),
             sent: Sent::default(),
             parts,
@@ -316,7 +329,7 @@ impl<'a> Source<'a> {
     /// Starts all that says what changes. All memory is marked only after every source runs, so
     /// that no write falls between.
     fn setup(&mut self) -> Result<(), MigrationError> {
-        let ranges = self.parts.dirty.ranges();
+        let ranges = self.parts.dirty.ranges().to_vec();
         for source in &mut self.parts.sources {
             self.begun.sources = self.begun.sources.saturating_add(1);
             source.start(&ranges)?;
@@ -361,6 +374,7 @@ impl<'a> Source<'a> {
             bandwidth: now.bandwidth,
             downtime,
             sources: now.sources,
+            tracking_us: now.tracking_us,
             warnings,
         })
     }

@@ -7,6 +7,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::phase::{DestinationPhase, SourcePhase};
+use crate::dirty::SourceReport;
 use crate::source::Precision;
 
 /// Which side, and where it is.
@@ -28,12 +29,40 @@ pub struct SourceStatus {
     pub granularity: u64,
     /// How exact it is.
     pub precision: Precision,
-    /// Pages (of the manifest's page size) in its last report.
-    pub last_pages: u64,
-    /// Pages in all its reports.
+    /// Pages (of the manifest's page size) in its last report; `None` if nobody counted them.
+    pub last_pages: Option<u64>,
+    /// Pages in all its reports that were counted.
     pub total_pages: u64,
     /// What its last report cost, in µs.
     pub last_report_us: u64,
+    /// How often its log failed and was started anew, everything being dirty then.
+    #[serde(default)]
+    pub restarts: u32,
+    /// Why, the last time.
+    #[serde(default)]
+    pub last_failure: Option<String>,
+}
+
+impl SourceStatus {
+    /// What `report` makes of the status that `before` was.
+    pub(super) fn after(report: SourceReport, before: Option<&Self>) -> Self {
+        let pages = report.pages.unwrap_or(0);
+        let failed = u32::from(report.failure.is_some());
+        Self {
+            id: report.id,
+            granularity: report.granularity,
+            precision: report.precision,
+            last_pages: report.pages,
+            total_pages: before
+                .map_or(0, |old| old.total_pages)
+                .saturating_add(pages),
+            last_report_us: u64::try_from(report.took.as_micros()).unwrap_or(u64::MAX),
+            restarts: before.map_or(0, |old| old.restarts).saturating_add(failed),
+            last_failure: report
+                .failure
+                .or_else(|| before.and_then(|old| old.last_failure.clone())),
+        }
+    }
 }
 
 /// How long the guest stood still, and why, in µs. Parts that the destination does while the
@@ -86,6 +115,9 @@ pub struct MigrationStatus {
     pub dirty_pages_per_second: Option<u64>,
     /// What each dirty source reported.
     pub sources: Vec<SourceStatus>,
+    /// Time spent so far on finding dirty pages (reports, merging, clearing at the sources), in µs.
+    #[serde(default)]
+    pub tracking_us: u64,
     /// Measured bytes per second.
     pub bandwidth: Option<u64>,
     /// How long the guest would stand still if it moved now, in µs.
@@ -134,6 +166,7 @@ impl Status {
                 remaining_pages: 0,
                 dirty_pages_per_second: None,
                 sources: Vec::new(),
+                tracking_us: 0,
                 bandwidth: None,
                 downtime_estimate_us: None,
                 downtime: None,

@@ -146,6 +146,14 @@ pub struct SendMigrationConfig {
     /// The most to send while the guest runs, in bytes per second; no limit if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_bandwidth: Option<u64>,
+    /// How often a dirty log that fails is started anew, all memory being sent again, before the
+    /// migration fails.
+    #[serde(default = "default_dirty_log_restarts")]
+    pub dirty_log_restarts: u32,
+}
+
+fn default_dirty_log_restarts() -> u32 {
+    MigrationParams::default().dirty_log_restarts
 }
 
 fn default_downtime_ms() -> u64 {
@@ -165,6 +173,7 @@ impl SendMigrationConfig {
             timeout_s: default_timeout_s(),
             timeout_strategy: TimeoutStrategy::default(),
             max_bandwidth: None,
+            dirty_log_restarts: default_dirty_log_restarts(),
         }
     }
 
@@ -183,6 +192,7 @@ impl SendMigrationConfig {
             timeout_s: self.timeout_s,
             timeout_strategy: self.timeout_strategy,
             max_bandwidth: self.max_bandwidth,
+            dirty_log_restarts: self.dirty_log_restarts,
         }
     }
 

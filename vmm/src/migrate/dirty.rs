@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use hypervisor::{MemorySlot, Vm};
 use vm_migration::memory::RamRegion;
-use vm_migration::{DirtyError, DirtySource, Iova, IovaBitmap, IovaRange, PageSize, Precision};
+use vm_migration::{
+    Clearing, DirtyError, DirtySource, Iova, IovaBitmap, IovaRange, PageSize, Precision, Reported,
+};
 
 /// Identifier of the source.
 pub(super) const VCPU_SOURCE_ID: &str = "vcpu";
@@ -13,7 +15,8 @@ pub(super) const VCPU_SOURCE_ID: &str = "vcpu";
 struct Slot {
     slot: MemorySlot,
     range: IovaRange,
-    /// The kernel's answer; as long as the source, so that no report allocates.
+    /// The kernel's answer, which is of the whole slot; as long as the source, so that no report
+    /// allocates.
     words: Vec<u64>,
 }
 
@@ -77,24 +80,36 @@ impl DirtySource for VcpuDirty {
         Ok(())
     }
 
-    fn report(&mut self, window: IovaRange, bitmap: &mut IovaBitmap) -> Result<(), DirtyError> {
-        let Some(slot) = self.slots.iter_mut().find(|slot| slot.range == window) else {
+    fn report(
+        &mut self,
+        window: IovaRange,
+        bitmap: &mut IovaBitmap,
+    ) -> Result<Reported, DirtyError> {
+        let within = |slot: &&mut Slot| slot.range.intersection(window) == Some(window);
+        let Some(slot) = self.slots.iter_mut().find(within) else {
             return Err(DirtyError::NotTracked {
                 source_id: VCPU_SOURCE_ID.into(),
                 first: window.first(),
                 last: window.last(),
             });
         };
-        self.vm
-            .read_dirty_log(slot.slot, &mut slot.words)
-            .map_err(failed("report"))?;
+        if slot.range.first() == window.first() {
+            self.vm
+                .read_dirty_log(slot.slot, &mut slot.words)
+                .map_err(failed("report"))?;
+        }
         bitmap
-            .or_words(window.first(), PageSize::SIZE_4K, &slot.words)
+            .or_words(slot.range.first(), PageSize::SIZE_4K, &slot.words)
+            .map(Reported::counted)
             .map_err(|cause| DirtyError::Backend {
                 source_id: VCPU_SOURCE_ID.into(),
                 operation: "report",
                 cause: Box::new(cause),
             })
+    }
+
+    fn clearing(&mut self) -> Clearing<'_> {
+        Clearing::AtReport
     }
 
     fn stop(&mut self) -> Result<(), DirtyError> {

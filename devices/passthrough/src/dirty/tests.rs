@@ -50,19 +50,36 @@ fn each_mapped_region_is_reported_by_itself_and_once() {
 }
 
 #[test]
-fn a_window_may_span_regions_but_not_cut_them() {
+fn a_window_may_span_regions() {
     let (_, mut source) = source(&[(0, 0x1000), (0x1000, 0x1000)]);
     source.start(&[range((0, 0x2000))]).unwrap();
     let mut both = bitmap((0, 0x2000));
     source.report(range((0, 0x2000)), &mut both).unwrap();
+}
 
-    let (_, mut source) = self::source(&[LOW]);
+#[test]
+fn a_region_is_asked_for_whole_and_given_out_window_by_window() {
+    let (backend, mut source) = source(&[LOW]);
     source.start(&[range(LOW)]).unwrap();
-    let mut map = bitmap(LOW);
-    assert!(matches!(
-        source.report(range((0, 0x1000)), &mut map),
-        Err(DirtyError::NotTracked { .. })
-    ));
+    let windows = [(0, 0x4_0000), (0x4_0000, 0x4_0000), (0x8_0000, 0x8_0000)];
+    for round in 0..2 {
+        backend.seen.lock().dirty = vec![0x3000, 0x4_0000, 0xf_f000];
+        for (window, page) in windows.into_iter().zip([0x3000, 0x4_0000, 0xf_f000]) {
+            let mut map = bitmap(window);
+            let reported = source.report(range(window), &mut map).unwrap();
+            assert_eq!((reported.pages, map.count()), (Some(1), 1), "{window:x?}");
+            assert!(map.contains(Iova(page)));
+        }
+        assert_eq!(backend.seen.lock().reports.len(), round + 1);
+    }
+    // A round that ended early: what was not given out is in the next.
+    backend.seen.lock().dirty = vec![0xf_f000];
+    source
+        .report(range(windows[0]), &mut bitmap(windows[0]))
+        .unwrap();
+    let mut all = bitmap(LOW);
+    source.report(range(LOW), &mut all).unwrap();
+    assert!(all.contains(Iova(0xf_f000)));
 }
 
 #[test]

@@ -8,6 +8,7 @@
 use std::time::{Duration, Instant};
 
 use super::{MigrationError, Sent, Source};
+use crate::dirty::Collect;
 use crate::migrate::frame::Kind;
 use crate::migrate::link::Wait;
 use crate::migrate::observer::{MigrationEvent, RoundReport};
@@ -19,6 +20,19 @@ use crate::migrate::status::SourceStatus;
 /// Shortest useful round. When so little is dirty that a round takes less, and the guest still
 /// cannot move (a device's state is too large, say), rounds would only burn CPU.
 const SHORTEST_ROUND: Duration = Duration::from_millis(50);
+
+/// A collection that takes longer asks several sources at once the next time: beside it the start of
+/// threads does not show.
+const LONG_COLLECTION: Duration = Duration::from_millis(2);
+
+/// What the guest does while pages are sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Guest {
+    /// It runs: what it writes after a page was read must be reported again.
+    Runs,
+    /// Nothing writes its memory any more.
+    StandsStill,
+}
 
 /// How a round ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -43,7 +57,7 @@ impl Source<'_> {
             }
             let sent = self.sent;
             self.sent = Sent::default();
-            self.collect()?;
+            self.collect(Guest::Runs)?;
             let estimate = self.estimate()?;
             self.tell_round(round, sent, began, estimate);
             if estimate <= self.params.downtime() {
@@ -65,7 +79,7 @@ impl Source<'_> {
     fn round(&mut self, round: u32) -> Result<Ended, MigrationError> {
         self.begin_turns()?;
         loop {
-            let memory = self.send_pages()?;
+            let memory = self.send_pages(Guest::Runs)?;
             let device = self.send_precopy_chunk()?;
             let bytes = memory.saturating_add(device);
             if bytes == 0 {
@@ -84,15 +98,20 @@ impl Source<'_> {
     }
 
     /// Sends one frame of dirty pages; gives its bytes on the wire, 0 if nothing is dirty.
-    pub(super) fn send_pages(&mut self) -> Result<u64, MigrationError> {
+    pub(super) fn send_pages(&mut self, guest: Guest) -> Result<u64, MigrationError> {
         let began = Instant::now();
+        let parts = &mut *self.parts;
+        let sources = match guest {
+            Guest::Runs => parts.sources.as_mut_slice(),
+            Guest::StandsStill => &mut [],
+        };
         self.batch.reset();
         loop {
             let room = u64::try_from(self.batch.room()).unwrap_or(u64::MAX);
             if room == 0 {
                 break;
             }
-            let Some(run) = self.parts.dirty.next_run(room) else {
+            let Some(run) = parts.dirty.next_run(room, sources)? else {
                 break;
             };
             let len = usize::try_from(run.len).unwrap_or(usize::MAX);
@@ -156,33 +175,51 @@ impl Source<'_> {
     }
 
     /// Asks all sources what was written and adds it to what is dirty.
-    pub(super) fn collect(&mut self) -> Result<(), MigrationError> {
+    pub(super) fn collect(&mut self, guest: Guest) -> Result<(), MigrationError> {
+        let how = Collect {
+            restarts: match guest {
+                Guest::Runs => self.restarts,
+                // Sending everything while the guest stands still is no answer.
+                Guest::StandsStill => 0,
+            },
+            threads: if self.costs.collect > LONG_COLLECTION {
+                self.parts.report_threads
+            } else {
+                1
+            },
+        };
         let parts = &mut *self.parts;
         let before = parts.dirty.dirty_pages();
         let began = Instant::now();
-        let reports = parts.dirty.collect(&mut parts.sources)?;
+        let reports = parts.dirty.collect(&mut parts.sources, how)?;
         self.costs.collect = began.elapsed();
         let dirty = parts.dirty.dirty_pages();
+        let tracking = parts
+            .dirty
+            .tracking_time()
+            .saturating_sub(self.tracking_before);
         let since = self.collected.replace(began).unwrap_or(self.started);
         let micros = began.duration_since(since).as_micros().max(1);
         let rate = u128::from(dirty.saturating_sub(before)).saturating_mul(1_000_000) / micros;
+        for report in &reports {
+            if let Some(why) = &report.failure {
+                self.restarts = self.restarts.saturating_sub(1);
+                self.story.tell(&MigrationEvent::DirtyLogRestarted {
+                    source: report.id.clone(),
+                    why: why.clone(),
+                });
+            }
+        }
         self.story.update(|now| {
             now.remaining_pages = dirty;
             now.dirty_pages_per_second = u64::try_from(rate).ok();
+            now.tracking_us = micros_of(tracking);
             let old = std::mem::take(&mut now.sources);
             now.sources = reports
                 .into_iter()
-                .map(|report| SourceStatus {
-                    total_pages: old
-                        .iter()
-                        .find(|source| source.id == report.id)
-                        .map_or(0, |source| source.total_pages)
-                        .saturating_add(report.pages),
-                    id: report.id,
-                    granularity: report.granularity,
-                    precision: report.precision,
-                    last_pages: report.pages,
-                    last_report_us: micros_of(report.took),
+                .map(|report| {
+                    let before = old.iter().find(|source| source.id == report.id);
+                    SourceStatus::after(report, before)
                 })
                 .collect();
         });
@@ -224,7 +261,7 @@ impl Source<'_> {
             deadline.saturating_duration_since(Instant::now())
         });
         self.link.listen_for(SHORTEST_ROUND.min(left))?;
-        self.collect()
+        self.collect(Guest::Runs)
     }
 
     /// The time is up: gives up, or moves the guest all the same.

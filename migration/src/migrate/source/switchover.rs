@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::precopy::micros_of;
+use super::precopy::{Guest, micros_of};
 use super::{MigrationError, Sent, Source};
 use crate::migrate::frame::Kind;
 use crate::migrate::link::{LinkError, Wait};
@@ -42,9 +42,9 @@ impl Source<'_> {
         let mut lap = Lap::start();
         let mut downtime = Downtime::default();
         self.stand_still(&mut lap, &mut downtime)?;
-        self.collect()?;
+        self.collect(Guest::StandsStill)?;
         downtime.final_sync = lap.next();
-        while self.send_pages()? > 0 {
+        while self.send_pages(Guest::StandsStill)? > 0 {
             self.link.listen_for(Duration::ZERO)?;
         }
         downtime.memory = lap.next();

@@ -10,10 +10,10 @@ use parking_lot::Mutex;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use crate::addr::{Gpa, Iova, IovaRange, PageSize};
-use crate::iova_bitmap::IovaBitmap;
 use crate::memory::{Backing, MemoryHandle, RamMapping, map_ram};
-use crate::source::{DirtyError, DirtySource, Precision};
+use crate::source::{Clearing, DirtyError, DirtySource, Precision, Reported};
 use crate::state::{Pause, PrecopyRead, StateError, StateSink, StateSize, StateSource};
+use iova_bitmap::IovaBitmap;
 
 /// The guest's RAM: two regions with a hole.
 pub(super) const REGIONS: [(u64, u64); 2] = [(0, 3 << 20), (1 << 32, 5 << 20)];
@@ -173,7 +173,11 @@ impl DirtySource for WriterSource {
         Ok(())
     }
 
-    fn report(&mut self, window: IovaRange, bitmap: &mut IovaBitmap) -> Result<(), DirtyError> {
+    fn report(
+        &mut self,
+        window: IovaRange,
+        bitmap: &mut IovaBitmap,
+    ) -> Result<Reported, DirtyError> {
         let number = self.0.reports.fetch_add(1, Ordering::SeqCst) + 1;
         if number == self.0.fail_report.load(Ordering::SeqCst) {
             return Err(DirtyError::Backend {
@@ -183,6 +187,7 @@ impl DirtySource for WriterSource {
             });
         }
         let mut pending = self.0.pending.lock();
+        let before = pending.len();
         pending.retain(|gpa| {
             let inside = (window.first().0..=window.last().0).contains(gpa);
             if inside && !self.0.lossy.load(Ordering::SeqCst) {
@@ -190,7 +195,11 @@ impl DirtySource for WriterSource {
             }
             !inside
         });
-        Ok(())
+        Ok(Reported::counted((before - pending.len()) as u64))
+    }
+
+    fn clearing(&mut self) -> Clearing<'_> {
+        Clearing::AtReport
     }
 
     fn stop(&mut self) -> Result<(), DirtyError> {

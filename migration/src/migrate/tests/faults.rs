@@ -102,7 +102,11 @@ fn failing(failures: &Failures, prepare: impl Fn(&Leaving)) -> (Leaving, Host, O
     let mut host = Host::new(failures);
     prepare(&leaving);
     let thread = leaving.writer.run(&leaving.memory);
-    let outcome = migrate(&mut leaving, &mut host, &MigrationParams::default(), pair());
+    let params = MigrationParams {
+        dirty_log_restarts: 0,
+        ..MigrationParams::default()
+    };
+    let outcome = migrate(&mut leaving, &mut host, &params, pair());
     check(&mut leaving, &host, &outcome);
     drop(thread);
     (leaving, host, outcome)
@@ -154,6 +158,26 @@ fn a_failing_report_leaves_everything_dirty() {
         let error = outcome.source.unwrap_err().chain();
         assert!(error.contains("writer: dirty log report failed"), "{error}");
         assert_eq!(leaving.parts.dirty().dirty_pages(), 2048);
+    }
+}
+
+/// Two reports a collection, one for each region. While the guest runs a failure is mended by
+/// sending everything again; while it stands still it is not.
+#[test]
+fn a_failing_report_is_mended_while_the_guest_runs() {
+    for number in 1..=2 {
+        let mut leaving = leaving(&Failures::default());
+        let mut host = Host::new(&Failures::default());
+        leaving.writer.fail_report(number);
+        let thread = leaving.writer.run(&leaving.memory);
+        let outcome = migrate(&mut leaving, &mut host, &MigrationParams::default(), pair());
+        drop(thread);
+        check(&mut leaving, &host, &outcome);
+        let report = outcome.source.unwrap();
+        let writer = &report.sources[0];
+        assert_eq!(writer.restarts, 1);
+        assert!(writer.last_failure.as_ref().unwrap().contains("told to"));
+        assert!(report.pages >= 2 * 2048, "everything was sent again");
     }
 }
 

@@ -330,7 +330,7 @@ fn check_stayed(leaving: &mut Leaving, host: &Host, outcome: &Outcome) {
 pub(super) fn known_dirty(leaving: &mut Leaving) -> std::collections::BTreeSet<u64> {
     let mut known = leaving.writer.pending();
     let dirty: &mut GuestDirty = leaving.parts.dirty_mut();
-    while let Some(run) = dirty.next_run(u64::MAX) {
+    while let Some(run) = dirty.next_run(u64::MAX, &mut []).unwrap() {
         known.extend((run.gpa.0..run.gpa.0 + run.len).step_by(4096));
     }
     dirty.put_back();

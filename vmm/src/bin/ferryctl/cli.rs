@@ -125,6 +125,10 @@ pub(crate) struct SendLimits {
     /// The most to send while the guest runs, per second, in bytes or with K, M, G.
     #[arg(long, value_name = "SIZE", value_parser = bandwidth)]
     pub(crate) max_bandwidth: Option<u64>,
+    /// How often a dirty log that fails is started anew, all memory being sent again, before the
+    /// migration fails.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub(crate) dirty_log_restarts: u32,
 }
 
 /// [`TimeoutStrategy`] on the command line.
@@ -147,6 +151,7 @@ impl SendLimits {
                 Strategy::Ignore => TimeoutStrategy::Ignore,
             },
             max_bandwidth: self.max_bandwidth,
+            dirty_log_restarts: self.dirty_log_restarts,
         }
     }
 }

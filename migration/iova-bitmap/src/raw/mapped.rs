@@ -1,12 +1,14 @@
 //! The memory a bitmap lives in: whole pages, present before anybody is given their address.
 //!
-//! All of this module's `unsafe` is here and rests on one invariant: a [`PageBuffer`] owns the
-//! anonymous mapping at `start` alone, from `new` until `drop`.
+//! The invariant: a [`PageBuffer`] owns the anonymous mapping at `start` alone, from `new` until
+//! `drop`.
 
-use std::io;
-use std::ptr::{self, NonNull};
+use core::ptr::{self, NonNull};
+use core::slice;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+
+use crate::error::NoMemory;
 
 /// Zeroed `u64` words at the start of a page, backed by memory that is already there.
 ///
@@ -14,7 +16,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 /// failed pin inside `iova_bitmap_set()` is swallowed: the report succeeds and the bits are lost.
 /// So the pages are made present here, where a failure can still be returned, and are kept out of
 /// forked children, where copy-on-write could put another page under the same address.
-pub(super) struct PageBuffer {
+pub(crate) struct PageBuffer {
     start: NonNull<u64>,
     words: usize,
     mapped_bytes: usize,
@@ -22,12 +24,12 @@ pub(super) struct PageBuffer {
 
 impl PageBuffer {
     /// A buffer of `words` zero words.
-    pub(super) fn new(words: usize) -> io::Result<Self> {
+    pub(crate) fn new(words: usize) -> Result<Self, NoMemory> {
         let mapped_bytes = words
             .max(1)
             .checked_mul(size_of::<u64>())
             .and_then(|bytes| bytes.checked_next_multiple_of(rustix::param::page_size()))
-            .ok_or(io::ErrorKind::OutOfMemory)?;
+            .ok_or(NoMemory::Exhausted)?;
         // SAFETY: a null hint without MAP_FIXED lets the kernel choose unused addresses, so no
         // existing mapping is touched.
         let address = unsafe {
@@ -37,20 +39,23 @@ impl PageBuffer {
                 ProtFlags::READ | ProtFlags::WRITE,
                 MapFlags::PRIVATE | MapFlags::POPULATE,
             )
-        }?;
-        let start = NonNull::new(address.cast::<u64>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        }
+        .map_err(NoMemory::Kernel)?;
+        let start = NonNull::new(address.cast::<u64>()).ok_or(NoMemory::Exhausted)?;
         // From here on `drop` unmaps it, on the error returns below too.
         let buffer = Self {
             start,
             words,
             mapped_bytes,
         };
-        buffer.advise(Advice::LinuxDontFork)?;
+        buffer
+            .advise(Advice::LinuxDontFork)
+            .map_err(NoMemory::Kernel)?;
         // MAP_POPULATE hides its failures; this says them. Kernels before 5.14 do not know it and
         // must be content with MAP_POPULATE.
         match buffer.advise(Advice::LinuxPopulateWrite) {
             Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(buffer),
-            Err(errno) => Err(errno.into()),
+            Err(errno) => Err(NoMemory::Kernel(errno)),
         }
     }
 
@@ -61,16 +66,16 @@ impl PageBuffer {
     }
 
     /// The words.
-    pub(super) fn as_slice(&self) -> &[u64] {
+    pub(crate) fn as_slice(&self) -> &[u64] {
         // SAFETY: `start` is page-aligned and the mapping holds at least `words` initialised
         // (zeroed) words; `&self` excludes a `&mut` to them.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.words) }
+        unsafe { slice::from_raw_parts(self.start.as_ptr(), self.words) }
     }
 
     /// The words, to be written.
-    pub(super) fn as_mut_slice(&mut self) -> &mut [u64] {
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u64] {
         // SAFETY: as in `as_slice`; `&mut self` makes this the only reference.
-        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.words) }
+        unsafe { slice::from_raw_parts_mut(self.start.as_ptr(), self.words) }
     }
 }
 

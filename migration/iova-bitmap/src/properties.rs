@@ -2,8 +2,10 @@
 
 use proptest::prelude::*;
 
-use super::naive::Naive;
-use super::*;
+use crate::bits::kernels::Edges;
+use crate::naive::Naive;
+use crate::raw::{Level, at_level};
+use crate::*;
 
 /// A bitmap and its model, both clean.
 #[derive(Debug)]
@@ -33,11 +35,14 @@ impl Geometry {
 impl Pair {
     fn or_words(&mut self, geometry: Geometry, words: &[u64]) {
         let page = PageSize::new(1 << geometry.shift).unwrap();
-        self.real
+        let named = self
+            .real
             .or_words(Iova(geometry.base), page, words)
             .unwrap();
-        self.naive
-            .or_words(geometry.base.into(), page.bytes().into(), words);
+        let mut alone = geometry_of(&self.real).pair().naive;
+        alone.or_words(geometry.base.into(), page.bytes().into(), words);
+        assert_eq!(named, alone.set.len() as u64, "pages named");
+        self.naive.set.append(&mut alone.set);
     }
 
     /// Sets bits beyond the last page, as a kernel report may.
@@ -55,7 +60,6 @@ impl Pair {
         let Self { real, naive } = self;
         prop_assert_eq!(real.count(), naive.set.len() as u64);
         prop_assert_eq!(real.is_empty(), naive.set.is_empty());
-        let wide = |run: IovaRange| (u128::from(run.first().0), u128::from(run.last().0));
         prop_assert_eq!(real.runs().map(wide).collect::<Vec<_>>(), naive.runs());
         for n in naive.pages() {
             let (start, end) = naive.bounds(n);
@@ -71,6 +75,18 @@ impl Pair {
         }
         Ok(())
     }
+}
+
+fn geometry_of(bitmap: &IovaBitmap) -> Geometry {
+    Geometry {
+        base: bitmap.range().first().0,
+        last: bitmap.range().last().0,
+        shift: bitmap.page_size().shift(),
+    }
+}
+
+fn wide(run: IovaRange) -> (u128, u128) {
+    (run.first().0.into(), run.last().0.into())
 }
 
 /// Up to 200 pages of `shift` with the first at about `near`, the last perhaps cut short.
@@ -121,6 +137,18 @@ fn words() -> impl Strategy<Value = Vec<u64>> {
         2 => any::<u64>(),
     ];
     proptest::collection::vec(word, 0..6)
+}
+
+/// Enough words for the widest loops and their rests.
+fn many_words() -> impl Strategy<Value = Vec<u64>> {
+    let word = prop_oneof![
+        4 => Just(0),
+        4 => Just(u64::MAX),
+        1 => (0u32..64).prop_map(|bit| 1 << bit),
+        1 => any::<u64>(),
+    ];
+    let stretch = (word, 1usize..50).prop_map(|(word, times)| vec![word; times]);
+    proptest::collection::vec(stretch, 0..6).prop_map(|stretches| stretches.concat())
 }
 
 /// Addresses in, at the ends of, and around a geometry.
@@ -183,7 +211,11 @@ proptest! {
         ours.or_words(theirs, &a);
         other.or_words(theirs, &b);
         other.scribble_beyond_the_end();
-        ours.real.merge(&other.real);
+        let named = ours.real.merge(&other.real);
+        let mut alone = ours.naive.clone();
+        alone.set.clear();
+        alone.merge(&other.naive);
+        prop_assert_eq!(named, alone.set.len() as u64);
         ours.naive.merge(&other.naive);
         ours.check()?;
         other.check()?;
@@ -199,7 +231,11 @@ proptest! {
         target.or_words(ours, &a);
         source.or_words(theirs, &b);
         source.scribble_beyond_the_end();
-        source.real.take_into(&mut target.real);
+        let named = source.real.take_into(&mut target.real);
+        let mut alone = target.naive.clone();
+        alone.set.clear();
+        alone.merge(&source.naive);
+        prop_assert_eq!(named, alone.set.len() as u64);
         target.naive.merge(&source.naive);
         source.naive.clear_within(target.naive.base, target.naive.last);
         target.check()?;
@@ -240,5 +276,140 @@ proptest! {
         }
         seen.naive = pair.naive;
         seen.check()?;
+    }
+
+    #[test]
+    fn what_is_drained_is_clean_and_the_rest_is_not(
+        of in geometry(),
+        set in words(),
+        given in 0usize..20,
+    ) {
+        let mut pair = of.pair();
+        pair.or_words(of, &set);
+        pair.scribble_beyond_the_end();
+        let expected = pair.naive.runs();
+        let drained: Vec<_> = pair.real.drain().take(given).map(wide).collect();
+        prop_assert_eq!(&drained[..], &expected[..given.min(expected.len())]);
+        for (first, last) in drained {
+            pair.naive.clear_within(first, last);
+        }
+        pair.check()?;
+    }
+
+    #[test]
+    fn windows_are_the_bitmap_cut(of in geometry(), set in words(), words_each in 0u64..4) {
+        let mut pair = of.pair();
+        pair.or_words(of, &set);
+        let page = pair.real.page_size().bytes();
+        let bytes = page.saturating_mul(64).saturating_mul(words_each);
+        let whole = pair.real.words().to_vec();
+        let mut next = Some(pair.real.range().first().0);
+        let mut seen = Vec::new();
+        for window in pair.real.windows_mut(bytes) {
+            prop_assert_eq!(Some(window.range.first().0), next);
+            next = window.range.last().0.checked_add(1);
+            let pages = (window.range.last().0 - window.range.first().0) / page + 1;
+            prop_assert_eq!(window.words.len() as u64, pages.div_ceil(64));
+            seen.extend_from_slice(window.words);
+        }
+        prop_assert_eq!(next, of.last.checked_add(1));
+        prop_assert_eq!(seen, whole);
+    }
+
+    #[test]
+    fn resampling_keeps_every_address((of, other) in two_geometries(), set in words()) {
+        let mut pair = of.pair();
+        pair.or_words(of, &set);
+        let page = PageSize::new(1 << other.shift).unwrap();
+        // Finer by much would be more pages than the model can try one by one.
+        prop_assume!(of.shift.saturating_sub(other.shift) < 6);
+        let real = pair.real.resample(page).unwrap();
+        let base = of.base & !(page.bytes() - 1);
+        let mut naive = Naive::new(base, of.last, page.bytes());
+        naive.merge(&pair.naive);
+        Pair { real, naive }.check()?;
+    }
+
+    #[test]
+    fn a_bitmap_used_again_is_a_new_one((of, other) in two_geometries(), set in words()) {
+        let mut pair = of.pair();
+        pair.or_words(of, &set);
+        pair.scribble_beyond_the_end();
+        let other = Geometry { shift: of.shift, base: other.base & !((1 << of.shift) - 1), ..other };
+        let fresh = other.pair();
+        let range = fresh.real.range();
+        let room = pair.real.pages().next_multiple_of(64);
+        match pair.real.retarget(range) {
+            Ok(()) => {
+                prop_assert!(fresh.real.pages() <= room);
+                Pair { real: pair.real, naive: fresh.naive }.check()?;
+            }
+            Err(BitmapError::TooSmall { .. }) => {
+                prop_assert!(fresh.real.pages() > room);
+                pair.check()?;
+            }
+            Err(error) => prop_assert!(false, "{error}"),
+        }
+    }
+
+    #[test]
+    fn questions_about_a_range_are_answered((of, ranges) in geometry_and_ranges(), set in words()) {
+        let mut pair = of.pair();
+        pair.or_words(of, &set);
+        pair.scribble_beyond_the_end();
+        for (iova, len) in ranges {
+            let Some(range) = IovaRange::new(Iova(iova), len) else { continue };
+            let (first, last) = wide(range);
+            let touched = pair.naive.set.iter().filter(|n| {
+                let (start, end) = pair.naive.bounds(**n);
+                start <= last && first <= end
+            });
+            let touched = touched.count() as u64;
+            prop_assert_eq!(pair.real.count_in(range), touched);
+            prop_assert_eq!(pair.real.any_in(range), touched > 0);
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_does_the_same(
+        one in many_words(),
+        two in many_words(),
+        up in 1u32..64,
+        carry: u64,
+    ) {
+        let results: Vec<_> = Level::all().map(|level| {
+            let (mut ored, mut shifted, mut taken, mut source) =
+                (one.clone(), one.clone(), one.clone(), two.clone());
+            let counts = [
+                at_level::count(level, &one),
+                at_level::or(level, &mut ored, &two),
+                at_level::or_shifted(level, &mut shifted, &two, up, carry),
+                at_level::take(level, &mut taken, &mut source),
+                at_level::skip(level, &one, 0) as u64,
+                at_level::skip(level, &one, u64::MAX) as u64,
+            ];
+            let mut edges = Edges::new();
+            let looked_at = at_level::edges(level, &one, 640, carry & 1 != 0, &mut edges);
+            let edges: Vec<_> = std::iter::from_fn(|| edges.pop()).collect();
+            (counts, ored, shifted, taken, source, looked_at, edges)
+        }).collect();
+        for result in &results {
+            prop_assert_eq!(result, &results[0]);
+        }
+        // And that is right.
+        let (counts, ored, .., looked_at, edges) = &results[0];
+        let both = |n: usize| one[n] | two.get(n).copied().unwrap_or(0);
+        prop_assert!((0..one.len()).all(|n| ored[n] == both(n)));
+        prop_assert_eq!(counts[0], one.iter().map(|word| u64::from(word.count_ones())).sum::<u64>());
+        let mut before = carry & 1 != 0;
+        let mut expected = Vec::new();
+        for bit in 0..*looked_at as u64 * 64 {
+            let now = one[(bit / 64) as usize] >> (bit % 64) & 1 != 0;
+            if now != before {
+                expected.push(640 + bit);
+            }
+            before = now;
+        }
+        prop_assert_eq!(edges, &expected);
     }
 }

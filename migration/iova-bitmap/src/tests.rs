@@ -1,7 +1,7 @@
 //! Table-driven tests: the vectors on which the kernel's `iova_bitmap` was got wrong or which it
 //! gets wrong to this day, and misuse.
 
-use super::*;
+use crate::*;
 
 const K: u64 = 1 << 10;
 const M: u64 = 1 << 20;
