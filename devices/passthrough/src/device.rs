@@ -17,6 +17,7 @@ use vm_migration::{Gpa, Pause, RamRegion, StateError};
 use crate::backend::{Backend, BackendError};
 use crate::dirty::PassthroughDirty;
 use crate::front::{Front, FrontError, Layout, MsixLayout};
+use crate::profile::DeviceProfile;
 use crate::sink::PassthroughSink;
 use crate::source::PassthroughSource;
 
@@ -58,21 +59,6 @@ pub enum PassthroughError {
     },
 }
 
-/// What tells whether two devices can take each other's state, for the preflight of a migration.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct DeviceIdentity {
-    /// Vendor ID.
-    pub vendor: u16,
-    /// Device ID.
-    pub device: u16,
-    /// Subsystem vendor ID.
-    pub subsystem_vendor: u16,
-    /// Subsystem ID.
-    pub subsystem: u16,
-    /// Revision ID.
-    pub revision: u8,
-}
-
 /// A part of a BAR that may be mapped into the guest: accesses then cause no exit.
 #[derive(Clone, Debug)]
 pub struct MappableArea {
@@ -91,8 +77,7 @@ pub struct MappableArea {
 pub(crate) struct Inner {
     pub(crate) id: String,
     pub(crate) backend: Arc<dyn Backend>,
-    pub(crate) identity: DeviceIdentity,
-    pub(crate) migration: Option<MigrationFlags>,
+    pub(crate) profile: DeviceProfile,
     /// Never held across a call of the backend but where the guest stands still.
     pub(crate) front: Mutex<Front>,
     layout: Layout,
@@ -110,6 +95,7 @@ pub struct Passthrough {
 
 impl Passthrough {
     /// Shows the device behind `backend` to the guest as `id`, with interrupt vectors of `fabric`.
+    /// A [`reset`](Self::reset) is to follow: looking at a device leaves traces in it.
     ///
     /// # Errors
     /// [`PassthroughError::Front`], [`PassthroughError::Backend`].
@@ -145,20 +131,14 @@ impl Passthrough {
                 areas.extend(mappable(bar.index, mapping, layout.msix.as_ref()));
             }
         }
-        let config = &front.config;
-        let identity = DeviceIdentity {
-            vendor: config.u16(offset::VENDOR),
-            device: config.u16(offset::DEVICE),
-            subsystem_vendor: config.u16(offset::SUBSYSTEM_VENDOR),
-            subsystem: config.u16(offset::SUBSYSTEM),
-            revision: config.u8(offset::REVISION),
-        };
+        let vectors = layout.msix.as_ref().map_or(0, |msix| msix.vectors);
+        let profile = DeviceProfile::read(&*backend, &front.config, vectors, migration)
+            .map_err(failed("describing it for a migration"))?;
         Ok(Self {
             inner: Arc::new(Inner {
                 id: id.to_owned(),
                 backend,
-                identity,
-                migration,
+                profile,
                 front: Mutex::new(front),
                 layout,
                 doorbells,
@@ -229,14 +209,9 @@ impl Passthrough {
         &self.inner.id
     }
 
-    /// What the device is.
-    pub fn identity(&self) -> DeviceIdentity {
-        self.inner.identity
-    }
-
-    /// What its migration can do; `None` if it cannot be migrated.
-    pub fn migration_flags(&self) -> Option<MigrationFlags> {
-        self.inner.migration
+    /// What it was when it was connected, for the preflight of a migration.
+    pub fn profile(&self) -> &DeviceProfile {
+        &self.inner.profile
     }
 
     /// The parts of its BARs that may be mapped into the guest.
@@ -297,11 +272,13 @@ impl Inner {
     }
 
     pub(crate) fn flags(&self) -> Result<MigrationFlags, StateError> {
-        self.migration.ok_or_else(|| StateError::Unsupported {
-            id: self.id.clone(),
-            operation: "migration",
-            remedy: "unplug the device before the migration".to_owned(),
-        })
+        self.profile
+            .migration
+            .ok_or_else(|| StateError::Unsupported {
+                id: self.id.clone(),
+                operation: "migration",
+                remedy: "unplug the device before the migration".to_owned(),
+            })
     }
 
     /// The RAM the device may access.

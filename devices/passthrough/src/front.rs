@@ -60,6 +60,8 @@ impl Place {
 pub(crate) struct MsixLayout {
     /// Offset of the capability.
     pub(crate) capability: u16,
+    /// How many vectors there are.
+    pub(crate) vectors: u16,
     pub(crate) table: Place,
     pub(crate) pending: Place,
 }
@@ -236,6 +238,7 @@ fn msix_layout(config: &ConfigSpace, at: u16) -> Result<MsixLayout, FrontError> 
     };
     Ok(MsixLayout {
         capability: at,
+        vectors,
         table: place(4, Msix::table_bytes(vectors))?,
         pending: place(8, Msix::pending_bytes(vectors))?,
     })

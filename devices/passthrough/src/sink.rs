@@ -92,7 +92,7 @@ impl StateSink for PassthroughSink {
             return Err(self.misuse("preparing"));
         }
         self.set_state(DeviceState::Resuming, "entering RESUMING")?;
-        self.phase = Phase::Loading(Parser::new(self.inner.identity));
+        self.phase = Phase::Loading(Parser::new(self.inner.profile.identity));
         Ok(())
     }
 

@@ -199,7 +199,7 @@ impl StateSource for PassthroughSource {
             DeviceState::Stop => DeviceState::Stop,
             _ => DeviceState::Running,
         };
-        self.pending = preamble(self.inner.identity);
+        self.pending = preamble(self.inner.profile.identity);
         self.at = 0;
         self.data_bytes = 0;
         self.phase = Phase::Waiting;

@@ -10,7 +10,7 @@
 //! number of data bytes, so that a stream cut short is noticed). The parser takes the stream in
 //! any pieces, holds no more than the VMM's part, and trusts nothing.
 
-use crate::device::DeviceIdentity;
+use crate::profile::DeviceIdentity;
 
 /// First bytes of a stream.
 const MAGIC: [u8; 4] = *b"FPTD";

@@ -1,6 +1,6 @@
 //! What a destination is told of a VM before it moves, and whether a VM built here fits that.
 
-use std::collections::BTreeMap;
+mod compat;
 
 use devices::rtc::{self, Rtc};
 use devices::serial::{self, Serial};
@@ -10,6 +10,8 @@ use virtio_devices::VirtioPciDevice;
 use vm_migration::migrate::{DeviceManifest, Manifest, MemoryRegion, Migratable, Refusal};
 use vm_migration::{ErrorChain, SaveRestore};
 
+use compat::{Compat, compat};
+
 use super::MigrateError;
 use crate::config::VmConfig;
 use crate::machine::{BusState, CHIPS_ID, CPUS_ID, CpuState, Machine, PCI_ID, VmChips};
@@ -18,7 +20,8 @@ use crate::machine::{BusState, CHIPS_ID, CPUS_ID, CpuState, Machine, PCI_ID, VmC
 /// states of real NICs reach hundreds of megabytes.
 const MAX_PASSTHROUGH_STATE: u64 = 16 << 30;
 
-type Compat = BTreeMap<String, String>;
+/// The kind of a passthrough device.
+const PASSTHROUGH: &str = "passthrough";
 
 /// Describes `machine` to a destination.
 pub(super) fn manifest(machine: &Machine, config: &VmConfig) -> Result<Manifest, MigrateError> {
@@ -64,7 +67,7 @@ fn devices(machine: &Machine) -> Vec<DeviceManifest> {
     }
     for function in machine.devices().virtio() {
         let features = function.device.lock().offered_features();
-        let compat = compat([("features", format!("{features:#x}"))]);
+        let compat = compat([(compat::FEATURES, format!("{features:#x}"))]);
         all.push(entry(
             &function.id,
             function.kind,
@@ -84,13 +87,6 @@ fn devices(machine: &Machine) -> Vec<DeviceManifest> {
     all
 }
 
-fn compat<const N: usize>(pairs: [(&str, String); N]) -> Compat {
-    pairs
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect()
-}
-
 fn entry(id: &str, kind: &str, compat: Compat, max_state: usize) -> DeviceManifest {
     DeviceManifest {
         id: id.to_owned(),
@@ -102,17 +98,6 @@ fn entry(id: &str, kind: &str, compat: Compat, max_state: usize) -> DeviceManife
 }
 
 fn passthrough_entry(id: &str, device: &Passthrough) -> DeviceManifest {
-    let identity = device.identity();
-    let compat = compat([
-        ("vendor", format!("{:#06x}", identity.vendor)),
-        ("device", format!("{:#06x}", identity.device)),
-        (
-            "subsystem_vendor",
-            format!("{:#06x}", identity.subsystem_vendor),
-        ),
-        ("subsystem", format!("{:#06x}", identity.subsystem)),
-        ("revision", format!("{:#04x}", identity.revision)),
-    ]);
     let migratable = match device.state_source().and_then(|_| device.dirty_source()) {
         Ok(_) => Migratable::Yes,
         Err(error) => Migratable::No {
@@ -122,8 +107,8 @@ fn passthrough_entry(id: &str, device: &Passthrough) -> DeviceManifest {
     };
     DeviceManifest {
         id: id.to_owned(),
-        kind: "passthrough".to_owned(),
-        compat,
+        kind: PASSTHROUGH.to_owned(),
+        compat: compat::of_passthrough(device.profile()),
         migratable,
         max_state_bytes: MAX_PASSTHROUGH_STATE,
     }
@@ -148,32 +133,10 @@ pub(super) fn misfits(theirs: &Manifest, machine: &Machine) -> Vec<Refusal> {
             // The engine compares the sets and names what is missing.
             continue;
         };
-        if here.kind != there.kind {
-            refusals.push(Refusal::new(
-                &here.id,
-                format!(
-                    "it is a {} at the source and a {} here",
-                    there.kind, here.kind
-                ),
-                "give both sides the same devices",
-            ));
-        }
-        refusals.extend(compat_misfits(&here, there));
-    }
-    refusals
-}
-
-fn compat_misfits(here: &DeviceManifest, there: &DeviceManifest) -> Vec<Refusal> {
-    let mut refusals = Vec::new();
-    for (name, value) in &there.compat {
-        let own = here.compat.get(name);
-        if own != Some(value) {
-            let own = own.map_or("nothing", String::as_str);
-            refusals.push(Refusal::new(
-                &here.id,
-                format!("its {name} is {value} at the source and {own} here"),
-                "migrate to a host with an equal device",
-            ));
+        refusals.extend(compat::misfits(&here, there));
+        // A VM that has arrived must be able to leave again.
+        if let Migratable::No { reason, remedy } = &here.migratable {
+            refusals.push(Refusal::new(&here.id, reason, remedy));
         }
     }
     refusals

@@ -188,7 +188,7 @@ fn memory_is_mapped_by_file_and_private_memory_refused_with_the_remedy() {
 fn a_device_that_cannot_migrate_says_so() {
     let backend = FakeBackend::new(None);
     let (mut nic, _) = device(&backend);
-    assert!(nic.migration_flags().is_none());
+    assert!(nic.profile().migration.is_none());
     assert!(matches!(
         nic.state_source().err(),
         Some(StateError::Unsupported { .. })

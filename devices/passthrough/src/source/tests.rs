@@ -227,7 +227,7 @@ fn a_bad_stream_never_runs_and_an_abort_resets_the_device() {
     drop(seen);
     // A front that is no front.
     sink.prepare().unwrap();
-    let identity = nic.identity();
+    let identity = nic.profile().identity;
     let stream = [preamble(identity), front_frame(b"???"), end_frame(0)].concat();
     sink.write(&stream).unwrap();
     assert!(matches!(
