@@ -9,6 +9,7 @@ use std::sync::Arc;
 use clap::{Parser, ValueEnum};
 use net_util::tap::{Tap, TapError, TapName};
 use sandbox::SeccompMode;
+use virtio_devices::net::MAX_PAIRS;
 use virtio_devices::{Net, NetBackend, NetError, NetOptions};
 
 /// A hardware address, written `52:54:00:12:34:56`.
@@ -73,7 +74,8 @@ pub struct Options {
     /// Largest payload of a frame in bytes that the guest is told; not told if not given.
     #[arg(long, value_parser = clap::value_parser!(u16).range(68..))]
     pub mtu: Option<u16>,
-    /// Virtqueues, receive and transmit together, without the control queue: an even number.
+    /// Virtqueues, receive and transmit together, without the control queue: an even number up to
+    /// 254.
     #[arg(long, default_value_t = 2, value_parser = even)]
     pub num_queues: u16,
     /// Descriptors per virtqueue, a power of two.
@@ -92,8 +94,11 @@ pub struct Options {
 
 fn even(text: &str) -> Result<u16, String> {
     match text.parse::<u16>() {
-        Ok(n) if n >= 2 && n % 2 == 0 => Ok(n),
-        _ => Err("expected an even number of at least 2".to_owned()),
+        Ok(n) if n % 2 == 0 && (1..=MAX_PAIRS).contains(&(n / 2)) => Ok(n),
+        _ => Err(format!(
+            "expected an even number from 2 to {}",
+            u32::from(MAX_PAIRS) * 2
+        )),
     }
 }
 
@@ -183,6 +188,7 @@ mod tests {
             ["--mac", "+5:54:00:12:34:5x"],
             ["--num-queues", "3"],
             ["--num-queues", "0"],
+            ["--num-queues", "256"],
             ["--mtu", "60"],
             ["--hash-report", "maybe"],
             ["--seccomp", "maybe"],

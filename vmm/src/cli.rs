@@ -140,8 +140,8 @@ pub struct Cli {
         help = "virtio-net device: tap=NAME|fd=N|fd=[N,…] and more; may be repeated",
         long_help = "virtio-net device; may be repeated: tap=NAME|fd=N|fd=[N,…][,mac=ADDRESS]\
             [,mtu=BYTES][,num_queues=N][,queue_size=N][,hash_report=on|off][,id=NAME]\n\n\
-            num_queues counts receive and transmit queues together (default 2); queue_size is a \
-            power of two (default 256); hash_report=on offers the guest each received packet's \
+            num_queues counts receive and transmit queues together (2 to 254, default 2); queue_size \
+            is a power of two (default 256); hash_report=on offers the guest each received packet's \
             hash.",
         help_heading = "Devices"
     )]

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use super::error::ConfigError;
 use super::option::{OptionString, quote};
 
-/// The most virtqueues of one NIC, receive and transmit together (a tap has at most 256 queues).
-pub const MAX_NET_QUEUES: u16 = 512;
+/// The most virtqueues of one NIC, receive and transmit together: what the card takes.
+pub const MAX_NET_QUEUES: u16 = virtio_devices::net::MAX_PAIRS * 2;
 /// The longest virtqueue. Virtio allows 32768; 1024 is what a tap's batch can use.
 pub const MAX_QUEUE_SIZE: u16 = 1024;
 /// `ETH_MIN_MTU` of Linux, which virtio-net's `mtu` field also starts at.

@@ -246,6 +246,17 @@ fn a_nic_that_cannot_work_is_refused() {
         with("tap=t,num_queues=0"),
         ConfigError::NetQueues { .. }
     ));
+    // The card's limit is the configuration's, so that nothing is left to fail at boot.
+    assert_eq!(MAX_NET_QUEUES, 254);
+    let many: NetConfig = "tap=t,num_queues=254".parse().unwrap();
+    let mut config = bootable();
+    config.net = vec![many];
+    config.validate().unwrap();
+    let error = with("tap=t,num_queues=256");
+    assert!(
+        matches!(error, ConfigError::NetQueues { limit: 254, .. }),
+        "{error}"
+    );
     assert!(matches!(
         with("tap=t,queue_size=100"),
         ConfigError::NetQueueSize { .. }
