@@ -2,7 +2,8 @@
 //!
 //! Each side runs a heartbeat that sends [`Kind::Progress`] when nothing else was sent for a
 //! while, so that silence always means trouble: a peer that is merely busy is told from one that
-//! is gone. What may take only so long is bounded besides by [`Limits::answer`].
+//! is gone. How much silence is too much depends on what it costs: see [`Limits::standstill`]. What
+//! may take only so long is bounded besides by [`Limits::answer`].
 
 mod heartbeat;
 
@@ -162,6 +163,8 @@ pub(super) struct Link {
     writer: Arc<Mutex<Writer>>,
     heartbeat: Heartbeat,
     limits: Limits,
+    /// Longest silence of the peer, now.
+    silence: Duration,
     expected: u64,
     phase: &'static str,
     /// For small frames.
@@ -186,6 +189,7 @@ impl Link {
             writer,
             heartbeat,
             limits,
+            silence: limits.idle,
             expected: 0,
             phase: "start",
             scratch: FrameBuffer::with_capacity(Kind::Progress.limit()),
@@ -195,6 +199,15 @@ impl Link {
     /// Names what is going on, for errors.
     pub(super) fn set_phase(&mut self, phase: &'static str) {
         self.phase = phase;
+    }
+
+    /// Whether a guest of ours stands still meanwhile, so that silence is borne for
+    /// [`Limits::standstill`] only.
+    pub(super) fn set_urgent(&mut self, urgent: bool) {
+        self.silence = match urgent {
+            true => self.limits.standstill.min(self.limits.idle),
+            false => self.limits.idle,
+        };
     }
 
     /// Whom we talk to.
@@ -278,7 +291,7 @@ impl Link {
             if self.listen()? {
                 heard = now;
             }
-            if heard.elapsed() >= self.limits.idle || moved.elapsed() >= self.limits.answer {
+            if heard.elapsed() >= self.silence || moved.elapsed() >= self.limits.answer {
                 return Err(self.stopped(stop, "room in the connection", heard.elapsed()));
             }
         }
@@ -289,10 +302,10 @@ impl Link {
         match stop {
             Stop::Closed | Stop::Io(_) => match self.last_words() {
                 Some(reason) => self.aborted(reason),
-                None => self.stopped(stop, "room in the connection", self.limits.idle),
+                None => self.stopped(stop, "room in the connection", self.silence),
             },
             Stop::TimedOut | Stop::Cancelled => {
-                self.stopped(stop, "room in the connection", self.limits.idle)
+                self.stopped(stop, "room in the connection", self.silence)
             }
         }
     }
@@ -444,7 +457,7 @@ impl Link {
 
     fn patience(&self, wait: Wait) -> Patience {
         Patience {
-            idle: Some(self.limits.idle),
+            idle: Some(self.silence),
             until: match wait {
                 Wait::Alive => None,
                 Wait::Answer => Instant::now().checked_add(self.limits.answer),
@@ -464,7 +477,7 @@ impl Link {
             Ok(kind) => kind,
             Err(ReadError::Frame(cause)) => return Err(self.bad_frame(cause)),
             Err(ReadError::Stop(stop)) => {
-                return Err(self.stopped(stop, awaited, self.limits.idle));
+                return Err(self.stopped(stop, awaited, self.silence));
             }
         };
         if kind == Kind::Abort {

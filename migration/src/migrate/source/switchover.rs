@@ -77,6 +77,7 @@ impl Source<'_> {
         downtime: &mut Downtime,
     ) -> Result<(), MigrationError> {
         self.begun.vcpus = true;
+        self.link.set_urgent(true);
         self.parts
             .vcpus
             .pause()
@@ -109,6 +110,8 @@ impl Source<'_> {
         self.link.commit()?;
         self.link.send_message(Kind::Commit, &Commit)?;
         self.committed = true;
+        // Giving up brings the guest back no more: from here patience is better.
+        self.link.set_urgent(false);
         self.enter(SourcePhase::Finalize);
         let awaited = "word that the guest runs";
         let running = self

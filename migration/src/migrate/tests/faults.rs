@@ -96,6 +96,51 @@ fn silence_at_any_phase_is_noticed() {
     }
 }
 
+/// A migration of a guest at rest with a fault at a frame, where only a standing guest makes the
+/// source impatient; how long it took.
+fn urgent(way: Way, frame: usize, fault: Fault) -> (Outcome, Duration) {
+    let mut leaving = leaving(&Failures::default());
+    let mut host = Host::new(&Failures::default());
+    let ((to, from), _, _) = relayed(Some(Plan { way, frame, fault }));
+    let pair = (to.with_limits(URGENT), from.with_limits(URGENT));
+    let began = Instant::now();
+    let outcome = migrate(&mut leaving, &mut host, &MigrationParams::default(), pair);
+    check(&mut leaving, &host, &outcome);
+    (outcome, began.elapsed())
+}
+
+#[test]
+fn silence_while_the_guest_stands_still_costs_it_little() {
+    // `Complete` and `Ready`: the guest stands, and is still ours.
+    for (way, count) in frames() {
+        for fault in [Fault::Stall, Fault::Delay] {
+            let (outcome, took) = urgent(way, count - 2, fault);
+            if way == Way::ToDestination && fault == Fault::Delay {
+                // The destination is alive and says so: it is waited for.
+                outcome.source.unwrap();
+                continue;
+            }
+            let error = outcome.source.unwrap_err();
+            assert!(!error.guest_is_paused());
+            let text = error.chain();
+            assert!(text.contains("within 600 ms"), "{way:?} {fault:?}: {text}");
+            // With two farewells of a second at most; the general limit is of 8 s.
+            assert!(took < Duration::from_secs(4), "{way:?} {fault:?}: {took:?}");
+        }
+    }
+}
+
+#[test]
+fn a_late_word_after_the_commit_is_waited_for() {
+    // `Commit` itself comes late, and so does `Running`.
+    for (way, count) in frames() {
+        assert!(DELAY > URGENT.standstill * 2);
+        let (outcome, took) = urgent(way, count - 1, Fault::Delay);
+        outcome.source.unwrap();
+        assert!(took > DELAY);
+    }
+}
+
 /// A migration in which parts fail by themselves, while the guest writes.
 fn failing(failures: &Failures, prepare: impl Fn(&Leaving)) -> (Leaving, Host, Outcome) {
     let mut leaving = leaving(failures);

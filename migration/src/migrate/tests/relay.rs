@@ -5,6 +5,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use super::rig::connection;
 use crate::migrate::frame::{HEADER_BYTES, Kind};
@@ -30,7 +31,12 @@ pub(super) enum Fault {
     Repeat,
     /// The frame does not come.
     Lose,
+    /// The frame and all after it in this direction come late.
+    Delay,
 }
+
+/// How late [`Fault::Delay`] is.
+pub(super) const DELAY: Duration = Duration::from_millis(1500);
 
 /// A fault at the frame of this number (not counting signs of life) in one direction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -115,6 +121,7 @@ impl Pump {
                     continue;
                 }
                 Some(Fault::Lose) => continue,
+                Some(Fault::Delay) => std::thread::sleep(DELAY),
                 Some(Fault::Repeat) => {
                     let _ = self.to.write_all(&frame);
                 }

@@ -15,6 +15,7 @@ use crate::migrate::*;
 /// Bounds that a loaded machine keeps.
 pub(super) const LIMITS: Limits = Limits {
     idle: Duration::from_secs(8),
+    standstill: Duration::from_secs(8),
     answer: Duration::from_secs(20),
     beat: Duration::from_millis(100),
 };
@@ -22,8 +23,15 @@ pub(super) const LIMITS: Limits = Limits {
 /// Short bounds, so that tests of silence are quick.
 pub(super) const SHORT: Limits = Limits {
     idle: Duration::from_millis(600),
+    standstill: Duration::from_millis(600),
     answer: Duration::from_secs(5),
     beat: Duration::from_millis(100),
+};
+
+/// Bounds that are short only while the guest stands still.
+pub(super) const URGENT: Limits = Limits {
+    standstill: Duration::from_millis(600),
+    ..LIMITS
 };
 
 /// The same connections, less patient.
