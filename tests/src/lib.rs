@@ -10,9 +10,11 @@
 //!   time.
 //! * [`guest`], [`guest_output`], [`vm`]: the native guest's image, what it says, and a VM with it.
 //! * [`migration`]: moving such a VM and what it cost.
-//! * [`netns`], [`network`], [`traffic`]: namespaces, bridges and taps, and packets through them.
+//! * [`netns`], [`network`], [`traffic`], [`arp_watch`]: namespaces, bridges and taps, packets
+//!   through them, and who announces itself there.
 
 pub mod api;
+pub mod arp_watch;
 pub mod bench;
 pub mod channel_proxy;
 pub mod console;

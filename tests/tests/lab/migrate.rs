@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use e2e::arp_watch::ArpWatch;
 use e2e::ferry::{Ferry, Nic, phase_name};
 use e2e::linux::{Kernel, Linux, LinuxConfig, console_path, in_lab, wait_reachable};
 use e2e::migration::Route;
@@ -120,6 +121,12 @@ fn migrate(linux: &mut Linux, dir: &Path, name: &str, route: &Route) -> Result<F
     linux.follow(dir, destination)
 }
 
+/// Watches for announcements at one end of each network, before a guest goes there.
+fn watch(networks: [Network; 2], end: usize) -> Result<Vec<(Network, ArpWatch)>> {
+    let watch = |network: Network| Ok((network, ArpWatch::start(&network.tap(end))?));
+    networks.into_iter().map(watch).collect()
+}
+
 #[test]
 fn debian_6_12_moves_with_streams_through_virtio_and_passthrough_cards() -> Result<()> {
     if !in_lab("debian_6_12_moves_with_streams_through_virtio_and_passthrough_cards") {
@@ -167,7 +174,16 @@ fn debian_6_12_moves_with_streams_through_virtio_and_passthrough_cards() -> Resu
                 "user_devices": [{"id": passthrough.id(), "socket": next.socket}],
                 "console": console,
             }));
+        let (there, here) = (watch(networks, end)?, watch(networks, end + 1)?);
         let left = migrate(&mut linux, dir, name, &route)?;
+        // The bridges learn where it is from the guest, for both of its cards, and only there.
+        for (network, watch) in there {
+            watch.wait_announcement(&network.mac(), Duration::from_secs(60))?;
+        }
+        for (network, watch) in here {
+            let said = watch.take_announcement(&network.mac())?;
+            ensure!(!said, "{} announced itself at the source", network.id());
+        }
         ensure!(!left.has_vm()?, "the source still has a VM");
         left.shut_down()?;
         drop(nic.replace(next));

@@ -69,6 +69,53 @@ fn settings_move_and_the_tap_is_set_again() {
     assert_eq!(card.buffer(0, 20)[12..18], [0; 6]);
 }
 
+/// Offset of the status in the BAR, and its bits.
+const STATUS: u64 = 0x2006;
+const UP: u16 = 1;
+const UP_AND_ANNOUNCE: u16 = 3;
+
+#[test]
+fn a_driver_is_asked_to_announce_until_it_does() {
+    let host = Host::new(1);
+    let features = FEATURES & !features::MQ;
+    let mut card = host.card(features, &[16, 16, 16]);
+    assert_eq!(card.driver.read16(STATUS), UP);
+    // It moves on before it has answered: each new place asks again.
+    for place in 0..3 {
+        migrate(&mut card, &host);
+        assert_eq!(card.fabric.line(3).take(), 1, "interrupt at place {place}");
+        assert_eq!(card.driver.read16(STATUS), UP_AND_ANNOUNCE);
+    }
+    // A pause is no move, but does not make it forget either.
+    card.driver.device.pause().unwrap();
+    card.driver.device.resume().unwrap();
+    assert_eq!(card.driver.read16(STATUS), UP_AND_ANNOUNCE);
+    assert_eq!(card.fabric.line(3).take(), 1);
+    assert_eq!(card.command(2, &[3, 0], &[]), 0);
+    assert_eq!(card.driver.read16(STATUS), UP);
+    // A migration that failed: the source goes on where it was, and there is nothing to tell.
+    card.driver.device.pause().unwrap();
+    card.driver.device.save().unwrap();
+    card.driver.device.resume().unwrap();
+    assert_eq!(card.driver.read16(STATUS), UP);
+    assert_eq!(card.fabric.line(3).take(), 0);
+}
+
+#[test]
+fn a_driver_that_cannot_announce_is_not_asked() {
+    let host = Host::new(1);
+    let features = FEATURES & !features::MQ & !features::GUEST_ANNOUNCE;
+    let mut card = host.card(features, &[16, 16, 16]);
+    migrate(&mut card, &host);
+    assert_eq!(card.driver.read16(STATUS), UP);
+    assert_eq!(card.fabric.line(3).take(), 0);
+    assert_eq!(
+        card.command(2, &[3, 0], &[]),
+        1,
+        "a command it did not negotiate"
+    );
+}
+
 #[test]
 fn no_packet_is_lost_or_doubled_by_moving() {
     let host = Host::new(1);
