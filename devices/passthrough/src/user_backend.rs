@@ -244,3 +244,6 @@ impl Backend for VfioUserBackend {
         result.map_err(failed(operation))
     }
 }
+
+#[cfg(test)]
+mod tests;

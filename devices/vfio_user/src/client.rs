@@ -7,10 +7,12 @@
 //! when it dies.
 
 mod error;
+mod mappings;
 mod migration;
 mod watcher;
 
 pub use error::ClientError;
+use mappings::{Mapping, Mappings};
 pub use migration::FeatureOperation;
 use watcher::Watcher;
 
@@ -46,7 +48,8 @@ const KEPT_BUFFERS: usize = 8;
 
 /// Serves the server's accesses to client memory that has no file.
 ///
-/// Called on the connection's own thread; must not call the client.
+/// Called on the connection's own thread, for memory that is mapped for such an access only; must
+/// not call the client.
 pub trait DmaHandler: Send + Sync {
     /// Fills `data` from `iova`.
     fn read(&self, iova: u64, data: &mut [u8]) -> Result<(), Errno>;
@@ -99,6 +102,7 @@ pub struct Client {
     server: Capabilities,
     timeout: Duration,
     transition_timeout: Duration,
+    mappings: Arc<Mappings>,
     buffers: Mutex<Vec<Vec<u8>>>,
     gone: OwnedFd,
     thread: Option<JoinHandle<()>>,
@@ -135,6 +139,7 @@ impl Client {
             server: Capabilities::default(),
             timeout: config.timeout,
             transition_timeout: config.transition_timeout,
+            mappings: Arc::default(),
             buffers: Mutex::new(Vec::new()),
             gone,
             thread: None,
@@ -144,6 +149,7 @@ impl Client {
             link: Arc::clone(&client.link),
             socket: client.socket.clone(),
             dma: config.dma,
+            mappings: Arc::clone(&client.mappings),
             on_gone: config.on_gone,
             gone: client.gone.try_clone().map_err(ClientError::Setup)?,
         };
@@ -494,7 +500,13 @@ impl Client {
             ..fixed(&message)
         };
         let expect = self.expect_slow(0);
-        self.call(Command::DmaMap, outgoing, expect, |_, _| Ok(()))
+        // Known before the server is, which may access it before its reply is read.
+        self.mappings.add(Mapping { iova, size, flags });
+        let mapped = self.call(Command::DmaMap, outgoing, expect, |_, _| Ok(()));
+        if mapped.is_err() {
+            self.mappings.remove(iova, size);
+        }
+        mapped
     }
 
     /// Takes memory away from the device again. On return it does not access it any more.
@@ -509,7 +521,9 @@ impl Client {
             size,
         };
         let expect = self.expect_slow(size_of::<DmaUnmapMsg>());
-        self.call(Command::DmaUnmap, fixed(&message), expect, |_, _| Ok(()))
+        self.call(Command::DmaUnmap, fixed(&message), expect, |_, _| Ok(()))?;
+        self.mappings.remove(iova, size);
+        Ok(())
     }
 
     /// Resets the device; its migration state is RUNNING then.

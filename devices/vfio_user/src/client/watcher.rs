@@ -7,15 +7,17 @@ use std::sync::Arc;
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
 
+use super::mappings::Mappings;
 use super::{ClientError, DmaHandler, GoneHandler};
 use crate::link::{Incoming, Link, LinkFault, Outgoing};
-use crate::wire::{Command, DmaAccessMsg, MAX_DATA_XFER, split};
+use crate::wire::{Command, DmaAccessMsg, DmaFlags, MAX_DATA_XFER, split};
 
 /// The connection's own thread.
 pub(super) struct Watcher {
     pub(super) link: Arc<Link>,
     pub(super) socket: PathBuf,
     pub(super) dma: Option<Arc<dyn DmaHandler>>,
+    pub(super) mappings: Arc<Mappings>,
     pub(super) on_gone: Option<GoneHandler>,
     pub(super) gone: OwnedFd,
 }
@@ -73,6 +75,13 @@ impl Watcher {
             _ => return Err(Errno::NOSYS),
         };
         let dma = self.dma.as_ref().ok_or(Errno::NOTSUP)?;
+        let access = if read {
+            DmaFlags::READ
+        } else {
+            DmaFlags::WRITE
+        };
+        self.mappings
+            .check(message.address, message.count, access)?;
         out.extend_from_slice(message.as_bytes());
         if read {
             let head = out.len();

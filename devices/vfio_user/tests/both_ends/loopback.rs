@@ -348,19 +348,24 @@ fn the_server_reaches_memory_by_message() {
         dma: Some(Arc::clone(&memory) as Arc<dyn DmaHandler>),
         ..ClientConfig::default()
     });
-    client
-        .region_write(0, DMA_BY_MESSAGE, &8_u64.to_le_bytes())
-        .unwrap();
+    let go = |at: u64| client.region_write(0, DMA_BY_MESSAGE, &at.to_le_bytes());
+    // Memory that is there, but not mapped for the device, or only for reading.
+    assert_eq!(refused(go(8)), Errno::FAULT);
+    client.dma_map(0, 0x1000, DmaFlags::READ, None).unwrap();
+    assert_eq!(refused(go(8)), Errno::ACCESS);
+    assert_eq!(memory.0.lock().as_slice(), b"........deadbeef________");
+    client.dma_unmap(0, 0x1000).unwrap();
+    client.dma_map(0, 0x1000, DmaFlags::all(), None).unwrap();
+    go(8).unwrap();
     let mut result = [0; 8];
     client.region_read(0, DMA_RESULT, &mut result).unwrap();
     assert_eq!(&result, b"deadbeef");
     assert_eq!(memory.0.lock().as_slice(), b"........deadbeefdeadbeef");
     // An error of the handler arrives at the device, and here as the device's.
-    let far = 1000_u64.to_le_bytes();
-    assert_eq!(
-        refused(client.region_write(0, DMA_BY_MESSAGE, &far)),
-        Errno::FAULT
-    );
+    assert_eq!(refused(go(1000)), Errno::FAULT);
+    // What was taken away is out of reach.
+    client.dma_unmap(0, 0x1000).unwrap();
+    assert_eq!(refused(go(8)), Errno::FAULT);
 }
 
 #[test]
