@@ -210,3 +210,6 @@ impl Handler for Entropy {
         Ok(done)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,8 +10,12 @@ use crate::machine::Machine;
 
 /// Descriptors of each ring.
 const SIZE: u16 = 64;
-/// Bytes of a buffer: a page of its own each, so that the dirty log tells them apart.
-const BUFFER: u64 = 4096;
+/// Bytes of a buffer.
+const BUFFER: u64 = 2048;
+/// Each buffer has two pages of its own, so that the dirty log tells them apart: the header is at
+/// the end of the first, so that the packet is in one that the card writes by `readv` only.
+const BUFFER_STEP: u64 = 0x2000;
+const BUFFER_OFFSET: u64 = 0x1000 - HEADER as u64;
 /// Bytes of the virtio-net header.
 pub(crate) const HEADER: usize = 12;
 /// Where a queue's ring is: descriptors, available and used each on a page.
@@ -37,7 +41,8 @@ impl Ring {
     }
 
     fn buffer(&self, index: u16) -> u64 {
-        BUFFERS + u64::from(self.queue) * STEP + u64::from(index) * BUFFER
+        let place = u64::from(index) * BUFFER_STEP + BUFFER_OFFSET;
+        BUFFERS + u64::from(self.queue) * STEP + place
     }
 
     /// The page that holds the used ring.
@@ -187,7 +192,8 @@ impl Driver {
         assert_eq!(taken, Some((index, 0)));
     }
 
-    /// Waits for the next packet; the address of its buffer and its bytes.
+    /// Waits for the next packet; its address (at the start of a page, behind its header) and its
+    /// bytes.
     pub(crate) fn receive(&mut self, machine: &Machine) -> Option<(u64, Vec<u8>)> {
         let memory = &machine.memory;
         let (index, len) = wait(|| self.rx.take(memory))?;
@@ -196,7 +202,7 @@ impl Driver {
         memory.read_slice(&mut bytes, GuestAddress(at)).unwrap();
         let len = u32::try_from(BUFFER).unwrap();
         self.rx.add(memory, index, len, true);
-        Some((at, bytes.split_off(HEADER)))
+        Some((at + HEADER as u64, bytes.split_off(HEADER)))
     }
 
     /// Whether no packet has come.
@@ -207,6 +213,15 @@ impl Driver {
     /// The page of the receive ring that the card writes.
     pub(crate) fn used_page(&self) -> u64 {
         self.rx.used_at()
+    }
+
+    /// The pages of all used rings, which also hold what the card asks of the driver.
+    pub(crate) fn used_pages(&self) -> [u64; 3] {
+        let control = Ring {
+            queue: 2,
+            ..self.tx
+        };
+        [self.rx.used_at(), self.tx.used_at(), control.used_at()]
     }
 }
 

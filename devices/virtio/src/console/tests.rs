@@ -8,7 +8,9 @@ use vm_memory::{Bytes, GuestAddress};
 use vm_migration::state::{Pause, SaveRestore};
 
 use super::*;
-use crate::testing::{Driver, Ring, is_logged, memory, pci_device, wait_for};
+use crate::testing::{
+    Driver, Ring, Rounds, is_logged, memory, pages, pci_device, two_views, wait_for,
+};
 
 const FEATURES: u64 = feature::RING_EVENT_IDX | feature::RING_INDIRECT_DESC;
 
@@ -116,6 +118,44 @@ fn input_waits_for_buffers_and_survives_a_move() {
     let mut out = [0; 5];
     client.read_exact(&mut out).unwrap();
     assert_eq!(&out, b"again");
+}
+
+#[test]
+fn what_a_console_writes_is_sent_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("console");
+    let (ours, theirs) = two_views();
+    let console = Console::new("_console0", Arc::new(Terminal::socket(&path).unwrap()));
+    let mut driver = Driver::new(pci_device(console, &ours, &Arc::default()), &theirs);
+    let mut rings = driver.bring_up(FEATURES, &[16, 16]);
+    let mut client = UnixStream::connect(&path).unwrap();
+    let used = [0, 1].map(|queue: usize| rings[queue].layout.used);
+    driver.device.pause().unwrap();
+    let mut rounds = Rounds::start(&ours);
+    assert_eq!(rounds.next(), pages([]));
+    driver.device.resume().unwrap();
+
+    // Input that ends in the second of three pages.
+    rings[0].add(&[], &[(0x8ff0, 16), (0xa000, 0x2000)]);
+    driver.kick(0);
+    client.write_all(&[7; 40]).unwrap();
+    wait_for("input", || rings[0].used_index() == 1);
+    let mut sent = rounds.next();
+    assert!(
+        sent.contains(&0x8000) && sent.contains(&0xa000),
+        "{sent:x?}"
+    );
+    driver.device.pause().unwrap();
+    sent.append(&mut rounds.next());
+    // Both queues' event words are beside their used indices.
+    assert_eq!(sent, pages([0x8000, 0xa000, used[0], used[1]]));
+
+    driver.device.resume().unwrap();
+    rings[1].add(&[(0x8000, 5)], &[]);
+    assert_eq!(take(&mut driver, &mut rings[1], 1), 0);
+    driver.device.pause().unwrap();
+    assert_eq!(rounds.next(), pages(used), "output is only read");
+    assert_eq!(rounds.next(), pages([]));
 }
 
 #[test]

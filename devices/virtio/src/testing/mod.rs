@@ -2,6 +2,7 @@
 
 mod pci;
 mod ring;
+mod rounds;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub(crate) use pci::{Driver, pci_device};
 pub(crate) use ring::{Ring, RingLayout, Used};
+pub(crate) use rounds::{Rounds, pages, two_views};
 
 /// Bytes of test memory.
 pub(crate) const RAM: u64 = 16 << 20;

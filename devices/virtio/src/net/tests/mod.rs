@@ -4,6 +4,7 @@ mod control;
 mod hostile;
 mod migration;
 mod packets;
+mod rounds;
 mod tap;
 
 use std::fs::File;
