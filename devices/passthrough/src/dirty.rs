@@ -103,6 +103,31 @@ impl PassthroughDirty {
         Ok(named)
     }
 
+    /// Starts the device's log and makes room for its reports of `regions`.
+    fn begin(&mut self, ranges: &[IovaRange], regions: Vec<IovaRange>) -> Result<(), DirtyError> {
+        let merged = merge_nearest(ranges.to_vec(), self.inner.backend.max_log_ranges());
+        let chosen = self
+            .inner
+            .backend
+            .start_log(PageSize::SIZE_4K, &merged)
+            .map_err(|cause| self.failed("start", cause))?;
+        // Reports are of 4 KiB pages at least.
+        self.page = chosen.max(PageSize::SIZE_4K);
+        self.pieces = regions
+            .into_iter()
+            .map(|region| {
+                let kept = IovaBitmap::over(region, self.page)
+                    .map_err(|cause| self.failed("start", cause))?;
+                Ok(Piece {
+                    region,
+                    kept,
+                    next: None,
+                })
+            })
+            .collect::<Result<_, DirtyError>>()?;
+        Ok(())
+    }
+
     fn report_window(
         &mut self,
         window: IovaRange,
@@ -165,28 +190,23 @@ impl DirtySource for PassthroughDirty {
                 return Err(self.not_tracked(*range));
             }
         }
-        let merged = merge_nearest(ranges.to_vec(), self.inner.backend.max_log_ranges());
-        let chosen = self
-            .inner
-            .backend
-            .start_log(PageSize::SIZE_4K, &merged)
-            .map_err(|cause| self.failed("start", cause))?;
-        // Reports are of 4 KiB pages at least.
-        self.page = chosen.max(PageSize::SIZE_4K);
-        self.pieces = regions
-            .into_iter()
-            .map(|region| {
-                let kept = IovaBitmap::over(region, self.page)
-                    .map_err(|cause| self.failed("start", cause))?;
-                Ok(Piece {
-                    region,
-                    kept,
-                    next: None,
-                })
-            })
-            .collect::<Result<_, DirtyError>>()?;
-        self.log = Log::On;
-        Ok(())
+        // A device that logs already would refuse to start.
+        self.stop()?;
+        match self.begin(ranges, regions) {
+            Ok(()) => {
+                self.log = Log::On;
+                Ok(())
+            }
+            Err(error) => {
+                // It may have started all the same, its answer lost, and would refuse the next start.
+                if let Err(error) = self.inner.backend.stop_log() {
+                    let device = &self.inner.id;
+                    let error = vm_migration::ErrorChain(&error).to_string();
+                    tracing::debug!(device, error, "dirty log that did not start is not stopped");
+                }
+                Err(error)
+            }
+        }
     }
 
     fn report(

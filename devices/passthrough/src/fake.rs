@@ -37,6 +37,10 @@ pub(crate) struct Seen {
     pub(crate) refuse: Vec<(DeviceState, bool)>,
     /// Reports fail.
     pub(crate) lose_log: bool,
+    /// The report after so many fails.
+    pub(crate) fail_report: Option<usize>,
+    /// The next start of the log fails; `true`: after it has started.
+    pub(crate) fail_start: Option<bool>,
     pub(crate) path: Vec<DeviceState>,
     /// Data given in PRE_COPY and STOP_COPY.
     pub(crate) precopy: VecDeque<Vec<u8>>,
@@ -81,6 +85,8 @@ impl FakeBackend {
                 gone: false,
                 refuse: Vec::new(),
                 lose_log: false,
+                fail_report: None,
+                fail_start: None,
                 path: Vec::new(),
                 precopy: VecDeque::new(),
                 stop_copy: VecDeque::new(),
@@ -287,12 +293,22 @@ impl Backend for FakeBackend {
     }
 
     fn start_log(&self, _page: PageSize, ranges: &[IovaRange]) -> Result<PageSize, BackendError> {
+        self.alive()?;
         let mut seen = self.seen.lock();
+        let fail = seen.fail_start.take();
+        // As vfio-user servers have it.
+        if seen.log.is_some() || fail == Some(false) {
+            return refused("start its dirty log");
+        }
         seen.log = Some(ranges.to_vec());
-        Ok(seen.log_page)
+        match fail {
+            Some(_) => refused("start its dirty log"),
+            None => Ok(seen.log_page),
+        }
     }
 
     fn stop_log(&self) -> Result<(), BackendError> {
+        self.alive()?;
         self.seen.lock().log = None;
         Ok(())
     }
@@ -305,7 +321,9 @@ impl Backend for FakeBackend {
     ) -> Result<(), BackendError> {
         self.alive()?;
         let mut seen = self.seen.lock();
-        if seen.lose_log {
+        let due = seen.fail_report == Some(0);
+        seen.fail_report = seen.fail_report.and_then(|left| left.checked_sub(1));
+        if due || seen.lose_log || seen.log.is_none() {
             return refused("report its dirty log");
         }
         seen.reports.push(region);

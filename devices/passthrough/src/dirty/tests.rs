@@ -1,7 +1,8 @@
 //! Reports are complete or errors.
 
 use vfio_user::MigrationFlags;
-use vm_migration::{Gpa, RamRegion};
+use vm_migration::dirty::{Collect, GuestDirty};
+use vm_migration::{ErrorChain, Gpa, RamRegion};
 
 use super::*;
 use crate::fake::{FakeBackend, device};
@@ -135,4 +136,86 @@ fn ranges_beyond_the_devices_limit_are_merged_over_the_smallest_gap() {
         backend.seen.lock().log.clone().unwrap(),
         [range((0, 0x1000)), range((0x10_0000, 0x4000))]
     );
+}
+
+/// Collections of a migration; the error if one fails, and the pages dirty then.
+struct Attempt {
+    dirty: GuestDirty,
+    sources: Vec<Box<dyn DirtySource>>,
+}
+
+const PAGES: u64 = (LOW.1 + HIGH.1) / 0x1000;
+
+impl Attempt {
+    fn new() -> (Arc<FakeBackend>, Self) {
+        let (backend, source) = source(&[LOW, HIGH]);
+        let regions = [LOW, HIGH].map(|(gpa, len)| RamRegion { gpa: Gpa(gpa), len });
+        let this = Self {
+            dirty: GuestDirty::new(&regions, PageSize::SIZE_4K).unwrap(),
+            sources: vec![Box::new(source)],
+        };
+        (backend, this)
+    }
+
+    /// Three rounds, in each of which a page of each region is written; the pages that are sent.
+    fn run(&mut self, backend: &FakeBackend, how: Collect) -> Result<Vec<u64>, DirtyError> {
+        let mut sent = Vec::new();
+        self.sources[0].start(self.dirty.ranges())?;
+        for round in 0..3 {
+            let written = [LOW.0, HIGH.0].map(|base| base + round * 0x1000);
+            backend.seen.lock().dirty = written.to_vec();
+            self.dirty.collect(&mut self.sources, how)?;
+            sent.push(self.dirty.dirty_pages());
+            while self.dirty.next_run(u64::MAX, &mut self.sources)?.is_some() {}
+            self.dirty.acknowledge();
+        }
+        Ok(sent)
+    }
+}
+
+#[test]
+fn a_log_that_fails_anywhere_is_an_error_and_can_be_tried_again() {
+    let none = Collect::default();
+    // Two reports a round: the first, those between, the last.
+    for number in 0..6 {
+        let (backend, mut attempt) = Attempt::new();
+        backend.seen.lock().fail_report = Some(number);
+        let error = attempt.run(&backend, none).unwrap_err();
+        let text = ErrorChain(&error).to_string();
+        assert!(text.contains("nic0: dirty log report failed"), "{text}");
+        assert_eq!(attempt.dirty.dirty_pages(), PAGES, "report {number}");
+        // The engine stops what it started; then a second migration is as any other.
+        attempt.sources[0].stop().unwrap();
+        assert!(backend.seen.lock().log.is_none());
+        attempt.dirty.acknowledge();
+        let sent = attempt.run(&backend, none).unwrap();
+        assert_eq!(sent, [PAGES, 2, 2], "the first sends everything");
+    }
+    for started in [false, true] {
+        let (backend, mut attempt) = Attempt::new();
+        backend.seen.lock().fail_start = Some(started);
+        let error = attempt.run(&backend, none).unwrap_err();
+        let text = ErrorChain(&error).to_string();
+        assert!(text.contains("nic0: dirty log start failed"), "{text}");
+        attempt.sources[0].stop().unwrap();
+        assert!(backend.seen.lock().log.is_none(), "nobody reads it");
+        attempt.run(&backend, none).unwrap();
+    }
+}
+
+#[test]
+fn a_log_that_fails_is_started_anew_and_everything_is_sent_again() {
+    let how = Collect {
+        restarts: 1,
+        ..Collect::default()
+    };
+    for number in 0..6 {
+        let (backend, mut attempt) = Attempt::new();
+        backend.seen.lock().fail_report = Some(number);
+        let sent = attempt.run(&backend, how).unwrap();
+        let expected: Vec<_> = (0..3)
+            .map(|round| if round == number / 2 { PAGES } else { 2 })
+            .collect();
+        assert_eq!(sent, expected, "report {number}");
+    }
 }
