@@ -1,8 +1,9 @@
-//! A man in the middle between `ferry` and `ferry-nic` who can make the DMA log forget.
+//! A man in the middle between `ferry` and `ferry-nic` who can make the DMA log forget, or fail.
 //!
 //! It passes messages of vfio-user on, with the file descriptors that come along. Told to, it
 //! zeroes bits in replies to DMA_LOGGING_REPORT: pages the device wrote are then not sent again. A
-//! test that claims to see lost pages must fail through such a proxy.
+//! test that claims to see lost pages must fail through such a proxy. Or it makes an error of one
+//! reply, [`LogFault`].
 //!
 //! It forgets the first report of each page, so that what is lost are the buffers that the device
 //! wrote once. The rings, which it writes all the time, arrive: a guest that stumbles over a
@@ -20,23 +21,37 @@ use std::thread;
 
 use anyhow::{Context, Result, bail};
 use parking_lot::Mutex;
+use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, Shutdown,
 };
 use vfio_user::wire::{
-    FEATURE_MASK, FLAG_ERROR, FeatureMsg, HEADER_SIZE, LogReportMsg, MAX_MSG_FDS, TYPE_MASK,
-    TYPE_REPLY,
+    FEATURE_MASK, FEATURE_SET, FLAG_ERROR, FeatureMsg, HEADER_SIZE, Header, LogReportMsg,
+    MAX_MSG_FDS, MigStateMsg, TYPE_COMMAND, TYPE_MASK, TYPE_REPLY,
 };
-use vfio_user::{Command, Feature};
-use zerocopy::FromBytes;
+use vfio_user::{Command, DeviceState, Feature};
+use zerocopy::{FromBytes, IntoBytes};
 
 /// Longest message passed on; a dirty log's bitmap is the longest there is.
 const MAX_MESSAGE: usize = vfio_user::wire::MAX_REPORT_BITMAP + 4096;
 
+/// Which reply becomes an error. The server has done what it was asked, nobody hears of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LogFault {
+    /// The next to DMA_LOGGING_START.
+    Start,
+    /// The DMA_LOGGING_REPORT of this number, from 1 on.
+    Report(u32),
+    /// The first DMA_LOGGING_REPORT after the device was stopped.
+    LastReport,
+}
+
 /// What the proxy does to the dirty log, and did.
 #[derive(Debug, Default)]
 pub struct DirtyLog {
+    /// What is still to go wrong.
+    fault: Mutex<Option<LogFault>>,
     /// Pages reported for the first time are forgotten from now on.
     pub forget: AtomicBool,
     /// Pages reported as written, whether forgotten or not.
@@ -82,14 +97,14 @@ impl NicProxy {
 fn connect(client: UnixStream, server: &Path, log: &Arc<DirtyLog>) -> Result<()> {
     let server = UnixStream::connect(server)?;
     let (up, down) = ((client.try_clone()?, server.try_clone()?), (server, client));
-    thread::spawn(move || pass_on(up.0, up.1, |_| {}));
-    let log = Arc::clone(log);
+    let (up_log, log) = (Arc::clone(log), Arc::clone(log));
+    thread::spawn(move || pass_on(up.0, up.1, |message| up_log.look_at_request(message)));
     thread::spawn(move || pass_on(down.0, down.1, |message| log.look_at(message)));
     Ok(())
 }
 
 /// Passes messages on until one end closes, which closes the other.
-fn pass_on(mut from: UnixStream, mut to: UnixStream, mut change: impl FnMut(&mut [u8])) {
+fn pass_on(mut from: UnixStream, mut to: UnixStream, mut change: impl FnMut(&mut Vec<u8>)) {
     while let Ok((mut message, fds)) = receive(&mut from) {
         change(&mut message);
         if send(&mut to, &message, &fds).is_err() {
@@ -149,8 +164,49 @@ fn field(message: &[u8], at: usize) -> Option<u32> {
 }
 
 impl DirtyLog {
+    /// Lets one reply fail.
+    pub fn fail(&self, fault: LogFault) {
+        *self.fault.lock() = Some(fault);
+    }
+
+    /// Whether the reply that was to fail has not come.
+    pub fn is_to_fail(&self) -> bool {
+        self.fault.lock().is_some()
+    }
+
+    /// Notes when the device is stopped: the next report is the last.
+    fn look_at_request(&self, message: &[u8]) {
+        let mut fault = self.fault.lock();
+        if *fault == Some(LogFault::LastReport) && stops_device(message) {
+            *fault = Some(LogFault::Report(1));
+        }
+    }
+
+    /// Whether this reply is to fail.
+    fn is_due(&self, message: &[u8]) -> bool {
+        let mut fault = self.fault.lock();
+        let (due, next) = match (*fault, feature_of(message, TYPE_REPLY)) {
+            (Some(LogFault::Start), Some((Feature::DmaLoggingStart, _)))
+            | (Some(LogFault::Report(0 | 1)), Some((Feature::DmaLoggingReport, _))) => (true, None),
+            (Some(LogFault::Report(number)), Some((Feature::DmaLoggingReport, _))) => {
+                (false, Some(LogFault::Report(number - 1)))
+            }
+            (other, _) => (false, other),
+        };
+        *fault = next;
+        due
+    }
+
+    /// Looks at a reply: it may be one that fails, or a report that forgets.
+    fn look_at(&self, message: &mut Vec<u8>) {
+        if self.is_due(message) {
+            return make_error(message);
+        }
+        self.look_at_report(message);
+    }
+
     /// Counts the pages in a DMA_LOGGING_REPORT reply, and zeroes the new ones if it is to forget.
-    fn look_at(&self, message: &mut [u8]) {
+    fn look_at_report(&self, message: &mut [u8]) {
         let Some((first_page, bitmap)) = report(message) else {
             return;
         };
@@ -171,23 +227,55 @@ impl DirtyLog {
     }
 }
 
+/// The feature that a DEVICE_FEATURE message of this type (command or good reply) is about, and its
+/// flags.
+fn feature_of(message: &[u8], kind: u32) -> Option<(Feature, u32)> {
+    let (header, rest) = Header::read_from_prefix(message).ok()?;
+    let good = header.flags & TYPE_MASK == kind && header.flags & FLAG_ERROR == 0;
+    if !good || header.command != Command::DeviceFeature.number() {
+        return None;
+    }
+    let (feature, _) = FeatureMsg::read_from_prefix(rest).ok()?;
+    let number = feature.flags & FEATURE_MASK;
+    let all = [
+        Feature::DmaLoggingStart,
+        Feature::DmaLoggingReport,
+        Feature::MigDeviceState,
+    ];
+    let known = all.into_iter().find(|one| one.number() == number)?;
+    Some((known, feature.flags))
+}
+
+/// Whether a command has the device go to STOP_COPY.
+fn stops_device(message: &[u8]) -> bool {
+    let Some((Feature::MigDeviceState, flags)) = feature_of(message, TYPE_COMMAND) else {
+        return false;
+    };
+    let data = message.get(HEADER_SIZE + size_of::<FeatureMsg>()..);
+    let state = data.and_then(|data| MigStateMsg::read_from_prefix(data).ok());
+    flags & FEATURE_SET != 0
+        && state.is_some_and(|(state, _)| state.device_state == DeviceState::StopCopy.number())
+}
+
+/// Makes a reply one that says EIO.
+fn make_error(message: &mut Vec<u8>) {
+    message.truncate(HEADER_SIZE);
+    let Ok(mut header) = Header::read_from_bytes(message) else {
+        return;
+    };
+    header.flags |= FLAG_ERROR;
+    header.error = Errno::IO.raw_os_error().unsigned_abs();
+    header.size = u32::try_from(HEADER_SIZE).unwrap_or(u32::MAX);
+    message.copy_from_slice(header.as_bytes());
+}
+
 /// The first page's number and the bitmap in a reply to DMA_LOGGING_REPORT, if `message` is one.
 fn report(message: &mut [u8]) -> Option<(u64, &mut [u8])> {
-    let &[_, _, low, high, ..] = &*message else {
+    let (Feature::DmaLoggingReport, _) = feature_of(message, TYPE_REPLY)? else {
         return None;
     };
-    let command = u16::from_ne_bytes([low, high]);
-    let flags = field(message, 8)?;
-    let reply = flags & TYPE_MASK == TYPE_REPLY && flags & FLAG_ERROR == 0;
-    if !reply || command != Command::DeviceFeature.number() {
-        return None;
-    }
-    let fixed = message.get(HEADER_SIZE..)?;
-    let (feature, fixed) = FeatureMsg::read_from_prefix(fixed).ok()?;
-    if feature.flags & FEATURE_MASK != Feature::DmaLoggingReport.number() {
-        return None;
-    }
-    let (report, _) = LogReportMsg::read_from_prefix(fixed).ok()?;
+    let data = message.get(HEADER_SIZE + size_of::<FeatureMsg>()..)?;
+    let (report, _) = LogReportMsg::read_from_prefix(data).ok()?;
     let first_page = report.iova.checked_div(report.page_size)?;
     let begin = HEADER_SIZE + size_of::<FeatureMsg>() + size_of::<LogReportMsg>();
     Some((first_page, message.get_mut(begin..)?))

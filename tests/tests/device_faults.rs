@@ -9,6 +9,7 @@ use e2e::ferry::{Ferry, Nic, phase_name};
 use e2e::host;
 use e2e::migration::{Route, check_nothing_arrived};
 use e2e::network::Network;
+use e2e::nic_proxy::{LogFault, NicProxy};
 use e2e::process::wait_for;
 use e2e::traffic::Traffic;
 use e2e::vm::{Vm, VmSpec};
@@ -22,6 +23,8 @@ struct Scene {
     dir: tempfile::TempDir,
     card: Network,
     nic: Nic,
+    /// Between the first process and its card's server.
+    proxy: NicProxy,
     vm: Vm,
     stream: Traffic,
     /// Whose tap the guest's card is on.
@@ -46,14 +49,16 @@ impl Scene {
         let dir = tempfile::tempdir()?;
         let card = Network::new(0)?;
         let nic = start_nic(dir.path(), card, 0, 0)?;
+        let proxy = NicProxy::start(&dir.path().join("proxy"), &nic.socket)?;
         let mut spec = VmSpec::new(128, "mem=48 rate=50 hash=1 irq=1 retain=1024");
-        spec.user_devices = vec![json!({"id": card.id(), "socket": nic.socket})];
+        spec.user_devices = vec![json!({"id": card.id(), "socket": proxy.socket})];
         let vm = Vm::boot(dir.path(), "host0", &spec)?;
         let stream = card.traffic(500)?;
         let this = Self {
             dir,
             card,
             nic,
+            proxy,
             vm,
             stream,
             end: 0,
@@ -131,6 +136,47 @@ fn a_cut_connection_leaves_the_card_working() -> Result<()> {
             .migrate(target)
             .with_context(|| format!("after {kind:?} {nth}"))?;
     }
+    let counts = scene.stream.stop()?;
+    ensure!(counts.bad == 0, "{counts:?}");
+    Ok(())
+}
+
+/// The card's dirty log fails when it is started, in the first report, in one between and in the
+/// last, while the guest stands still. The server has answered well, so what it reported is lost.
+#[test]
+fn a_dirty_log_that_fails_ends_the_migration_and_nothing_else() -> Result<()> {
+    let test = "a_dirty_log_that_fails_ends_the_migration_and_nothing_else";
+    let Some(_turn) = host::network_turn(test)? else {
+        return Ok(());
+    };
+    let mut scene = Scene::new()?;
+    let mut target = scene.target()?;
+    // A guest that writes 50 MiB/s does not move within 1 ms: rounds go on until the fault.
+    let endless = json!({"dirty_log_restarts": 0, "downtime_ms": 1});
+    let usual = json!({"dirty_log_restarts": 0});
+    for (fault, operation, params) in [
+        (LogFault::Start, "start", &usual),
+        (LogFault::Report(1), "report", &usual),
+        (LogFault::Report(3), "report", &endless),
+        (LogFault::LastReport, "report", &usual),
+    ] {
+        scene.proxy.log.fail(fault);
+        let phases = scene.vm.ferry.phases().len();
+        let route = scene.route(&target).sending(params.clone());
+        let why = scene.vm.migrate_in_vain(&target.ferry, &route, LIMIT)?;
+        println!("{fault:?}: {why}");
+        let words = format!("{}: dirty log {operation} failed", scene.card.id());
+        ensure!(why.contains(&words), "{fault:?}: {why}");
+        let phases = scene.vm.ferry.phases().split_off(phases);
+        let stood_still = phases.contains(&"switchover".to_owned());
+        ensure!(stood_still == (fault == LogFault::LastReport), "{phases:?}");
+        check_nothing_arrived(&mut target.ferry)?;
+        scene.wait_echoes()?;
+    }
+    // While the guest runs it can be mended: everything is sent again.
+    scene.proxy.log.fail(LogFault::Report(1));
+    scene.migrate(target)?;
+    ensure!(!scene.proxy.log.is_to_fail(), "no report failed");
     let counts = scene.stream.stop()?;
     ensure!(counts.bad == 0, "{counts:?}");
     Ok(())
