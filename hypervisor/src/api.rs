@@ -9,8 +9,8 @@ use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    Capabilities, Cpuid, Error, Registers, SpecialRegisters, VcpuExit, VcpuKicker, VcpuState,
-    VmState,
+    Capabilities, Cpuid, DirtyLog, DirtyLogChoice, Error, Registers, SpecialRegisters, VcpuExit,
+    VcpuKicker, VcpuState, VmState,
 };
 
 /// A host virtual address.
@@ -77,8 +77,6 @@ impl MemorySlot {
 /// How a memory slot is mapped.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct SlotFlags {
-    /// Writes are recorded for [`DirtyLog::read_dirty_log`].
-    pub log_dirty: bool,
     /// Guest writes exit to the VMM as MMIO.
     pub read_only: bool,
 }
@@ -112,15 +110,18 @@ pub struct VmOptions {
     pub identity_map: GuestAddress,
     /// Whether there is an i8254 timer (with a dummy speaker port).
     pub timer: bool,
+    /// How writes to memory are recorded once [`DirtyLog::set_dirty_logging`] asks for it.
+    pub dirty_log: DirtyLogChoice,
 }
 
 impl Default for VmOptions {
-    /// Pages below the firmware's hole at the end of the 32-bit space; with timer.
+    /// Pages below the firmware's hole at the end of the 32-bit space; with timer; a dirty bitmap.
     fn default() -> Self {
         Self {
             tss: GuestAddress(0xfffb_d000),
             identity_map: GuestAddress(0xfffb_c000),
             timer: true,
+            dirty_log: DirtyLogChoice::default(),
         }
     }
 }
@@ -138,7 +139,8 @@ pub trait Hypervisor: Send + Sync {
     /// A VM with an in-kernel interrupt controller, without memory and vCPUs.
     ///
     /// # Errors
-    /// KVM's, and [`Error::Unsupported`] for a timer this KVM has not.
+    /// KVM's; [`Error::Unsupported`] for a timer or dirty rings this KVM has not;
+    /// [`Error::DirtyRingEntries`], [`Error::DirtyRingRefused`], [`Error::DirtyRingNotEnough`].
     fn create_vm(&self, options: &VmOptions) -> Result<Arc<dyn Vm>, Error>;
 }
 
@@ -186,30 +188,6 @@ pub trait IrqChip: Send + Sync {
     /// # Errors
     /// [`Error::TooMany`], or KVM's.
     fn set_msi_routes(&self, routes: &[MsiRoute]) -> Result<(), Error>;
-}
-
-/// Which guest pages were written through the guest's own mappings.
-pub trait DirtyLog: Send + Sync {
-    /// Starts (with everything clean) or stops recording writes to `slot`.
-    ///
-    /// # Errors
-    /// [`Error::UnknownSlot`], or KVM's.
-    fn set_dirty_logging(&self, slot: MemorySlot, on: bool) -> Result<(), Error>;
-    /// How many words [`read_dirty_log`](Self::read_dirty_log) fills for `slot`.
-    ///
-    /// # Errors
-    /// [`Error::UnknownSlot`].
-    fn dirty_log_words(&self, slot: MemorySlot) -> Result<usize, Error>;
-    /// Overwrites `words` with the pages written since the last read and clears the record: bit
-    /// `n % 64` of word `n / 64` is the slot's page `n` of 4 KiB.
-    ///
-    /// Since the record is cleared, the caller answers for the bits from here on. On error it
-    /// must take all pages as dirty.
-    ///
-    /// # Errors
-    /// [`Error::DirtyLogBuffer`] unless `words` has exactly
-    /// [`dirty_log_words`](Self::dirty_log_words), or KVM's (ENOENT if logging is off).
-    fn read_dirty_log(&self, slot: MemorySlot, words: &mut [u64]) -> Result<(), Error>;
 }
 
 /// A virtual machine.

@@ -1,8 +1,9 @@
 //! What the host's KVM can do.
 
 use kvm_bindings::{
+    KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP,
     KVM_CAP_EXT_CPUID, KVM_CAP_IOEVENTFD_ANY_LENGTH, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-    KVM_CLOCK_REALTIME,
+    KVM_CLOCK_REALTIME, KVM_DIRTY_LOG_INITIALLY_SET,
 };
 use kvm_ioctls::{Cap, Kvm};
 
@@ -10,6 +11,11 @@ use crate::Error;
 
 /// The largest number of vCPUs with 8-bit APIC IDs (255 is the broadcast).
 const MAX_APIC_IDS: u32 = 255;
+/// `KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE` of linux/kvm.h, bit 0 of what
+/// KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 offers. (An x86 KVM that has bit 1 has bit 0.)
+pub(crate) const KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE: u32 = 1;
+/// Bytes of `struct kvm_dirty_gfn` (linux/kvm.h).
+pub(crate) const RING_ENTRY_BYTES: u32 = 16;
 
 /// Capabilities of the host's KVM, read once.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -40,8 +46,43 @@ pub struct Capabilities {
     pub read_only_memory: bool,
     /// Doorbells can match accesses of any length.
     pub doorbell_any_length: bool,
-    /// Dirty pages can be re-protected piecewise (KVM_CLEAR_DIRTY_LOG).
-    pub manual_dirty_protect: bool,
+    /// Which ways of keeping a dirty log there are.
+    pub dirty_log: DirtyLogCapabilities,
+}
+
+/// Ways of keeping a dirty log, besides the bitmap cleared at the read, which every KVM has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DirtyLogCapabilities {
+    /// The bitmap can be cleared piece by piece (KVM_CLEAR_DIRTY_LOG).
+    pub manual_clear: bool,
+    /// It can be all set when logging starts, with nothing write-protected.
+    pub initially_set: bool,
+    /// Most entries of a vCPU's dirty ring; 0 without rings.
+    pub ring_entries: u32,
+    /// With rings, some of KVM's own writes are in a bitmap only.
+    pub ring_with_bitmap: bool,
+    /// The capability that enables rings.
+    pub(crate) ring_cap: u32,
+}
+
+impl DirtyLogCapabilities {
+    fn probe(kvm: &Kvm) -> Self {
+        let manual = raw(kvm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
+        // The older of the two is for hosts which, like x86, order stores by themselves.
+        let rings = [KVM_CAP_DIRTY_LOG_RING_ACQ_REL, KVM_CAP_DIRTY_LOG_RING];
+        let (ring_cap, ring_bytes) = rings
+            .map(|cap| (cap, raw(kvm, cap)))
+            .into_iter()
+            .find(|(_, bytes)| *bytes > 0)
+            .unwrap_or((KVM_CAP_DIRTY_LOG_RING_ACQ_REL, 0));
+        Self {
+            manual_clear: manual & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE != 0,
+            initially_set: manual & KVM_DIRTY_LOG_INITIALLY_SET != 0,
+            ring_entries: ring_bytes / RING_ENTRY_BYTES,
+            ring_with_bitmap: raw(kvm, KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP) != 0,
+            ring_cap,
+        }
+    }
 }
 
 /// What no VM of ours can do without.
@@ -98,7 +139,7 @@ impl Capabilities {
             clock_pause: kvm.check_extension(Cap::KvmclockCtrl),
             read_only_memory: kvm.check_extension(Cap::ReadonlyMem),
             doorbell_any_length: raw(kvm, KVM_CAP_IOEVENTFD_ANY_LENGTH) != 0,
-            manual_dirty_protect: raw(kvm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) != 0,
+            dirty_log: DirtyLogCapabilities::probe(kvm),
         })
     }
 }

@@ -77,6 +77,59 @@ pub enum Error {
         /// Words given.
         given: usize,
     },
+    /// The slot's writes are not recorded.
+    #[error("dirty logging of memory slot {slot} is off")]
+    DirtyLogOff {
+        /// Memory slot.
+        slot: u32,
+    },
+    /// A dirty log is cleared in whole words of a slot's pages.
+    #[error(
+        "pages {first_page} and up, {words} words of 64, cannot be cleared in the dirty log of \
+         slot {slot}, which has {pages} pages"
+    )]
+    DirtyLogPiece {
+        /// Memory slot.
+        slot: u32,
+        /// First page of the piece.
+        first_page: u64,
+        /// Words of the piece.
+        words: usize,
+        /// Pages of the slot.
+        pages: u64,
+    },
+    /// A ring has a power of two of entries, up to a limit.
+    #[error("a dirty ring of {entries} entries is not possible: give a power of two up to {limit}")]
+    DirtyRingEntries {
+        /// Asked for.
+        entries: u32,
+        /// The kernel's limit.
+        limit: u32,
+    },
+    /// The kernel does not take rings of that size.
+    #[error(
+        "this KVM does not take dirty rings of {entries} entries: give more (a CPU that logs \
+         writes itself needs 1024)"
+    )]
+    DirtyRingRefused {
+        /// Asked for.
+        entries: u32,
+        /// Why.
+        #[source]
+        cause: io::Error,
+    },
+    /// Rings of this KVM do not have all writes.
+    #[error(
+        "dirty rings of this KVM leave out writes that no vCPU made \
+         (KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP): use a dirty bitmap"
+    )]
+    DirtyRingNotEnough,
+    /// KVM does not write-protect again what was taken out of the dirty rings.
+    #[error("KVM_RESET_DIRTY_RINGS does nothing, and {waiting} entries wait for it")]
+    DirtyRingReset {
+        /// Entries not reset.
+        waiting: usize,
+    },
     /// ioeventfds match 1, 2, 4 or 8 bytes, or any length without a value.
     #[error("an ioeventfd of {length} bytes (datamatch: {datamatch}) is not possible")]
     IoEventLength {

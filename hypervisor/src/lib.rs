@@ -5,7 +5,7 @@
 //!   ([`Capabilities`]) and creates VMs.
 //! * [`Vm`] maps memory, creates vCPUs, and moves its own small state ([`VmState`]: interrupt
 //!   chips, timer, clock). Its supertraits are [`IrqChip`] (irqfd, ioeventfd, routes) and
-//!   [`DirtyLog`] (which guest pages were written).
+//!   [`DirtyLog`] (which guest pages were written; [`dirty_log`] tells the ways).
 //! * [`Vcpu`] runs guest code until something needs the VMM ([`VcpuExit`]), and saves and
 //!   restores its state ([`VcpuState`]). [`VcpuKicker`] gets it out of the guest.
 //! * [`cpuid`] makes the CPUID of each vCPU and tells before a migration whether another host
@@ -31,6 +31,7 @@
 pub mod api;
 pub mod capabilities;
 pub mod cpuid;
+pub mod dirty_log;
 pub mod error;
 pub mod exit;
 pub mod kick;
@@ -38,11 +39,12 @@ pub mod kvm;
 pub mod state;
 
 pub use api::{
-    DirtyLog, HostMapping, Hva, Hypervisor, IoAddress, IrqChip, MemorySlot, MsiRoute, SlotFlags,
-    Vcpu, Vm, VmOptions,
+    HostMapping, Hva, Hypervisor, IoAddress, IrqChip, MemorySlot, MsiRoute, SlotFlags, Vcpu, Vm,
+    VmOptions,
 };
 pub use capabilities::Capabilities;
 pub use cpuid::Cpuid;
+pub use dirty_log::{DirtyLog, DirtyLogChoice, DirtyLogMethod};
 pub use error::Error;
 pub use exit::VcpuExit;
 pub use kick::{AttachedThread, VcpuKicker};

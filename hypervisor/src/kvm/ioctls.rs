@@ -3,7 +3,8 @@
 use std::os::fd::AsRawFd;
 
 use kvm_bindings::{
-    kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_ioeventfd, kvm_ioeventfd_flag_nr_datamatch,
+    kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log,
+    kvm_dirty_log__bindgen_ty_1, kvm_ioeventfd, kvm_ioeventfd_flag_nr_datamatch,
     kvm_ioeventfd_flag_nr_deassign, kvm_ioeventfd_flag_nr_pio, kvm_xsave,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
@@ -14,6 +15,7 @@ use vmm_sys_util::ioctl::{
     ioctl_with_ref,
 };
 
+use super::undisturbed::undisturbed;
 use crate::{Error, IoAddress};
 
 /// KVM's ioctl type (`KVMIO` in linux/kvm.h).
@@ -25,7 +27,17 @@ const KVM_GET_DIRTY_LOG: c_ulong = write_of::<kvm_dirty_log>(0x42);
 const KVM_IOEVENTFD: c_ulong = write_of::<kvm_ioeventfd>(0x79);
 const KVM_GET_XSAVE: c_ulong = read_of::<kvm_xsave>(0xa4);
 const KVM_SET_XSAVE: c_ulong = write_of::<kvm_xsave>(0xa5);
+const KVM_CLEAR_DIRTY_LOG: c_ulong = ioctl_expr(
+    _IOC_READ | _IOC_WRITE,
+    KVMIO,
+    0xc0,
+    size::<kvm_clear_dirty_log>(),
+);
+const KVM_RESET_DIRTY_RINGS: c_ulong = ioctl_expr(_IOC_NONE, KVMIO, 0xc7, 0);
 const KVM_GET_XSAVE2: c_ulong = read_of::<kvm_xsave>(0xcf);
+
+/// Most words of one KVM_CLEAR_DIRTY_LOG, whose number of pages is an `u32` and a multiple of 64.
+const CLEAR_WORDS: usize = 1 << 25;
 
 const fn write_of<T>(number: c_uint) -> c_ulong {
     ioctl_expr(_IOC_WRITE, KVMIO, number, size::<T>())
@@ -53,21 +65,33 @@ pub(super) fn run(vcpu: &VcpuFd) -> std::io::Result<()> {
     }
 }
 
-/// Reads and clears the dirty log of a slot of `pages` pages into `words`.
+/// Words that hold one bit for each of `pages` pages.
+pub(super) fn words_of(pages: u64) -> usize {
+    usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX)
+}
+
+/// Checks that `words` is the buffer for the dirty log of a slot of `pages` pages.
+pub(super) fn check_dirty_log_buffer(slot: u32, pages: u64, words: &[u64]) -> Result<(), Error> {
+    let wanted = words_of(pages);
+    if words.len() == wanted {
+        return Ok(());
+    }
+    Err(Error::DirtyLogBuffer {
+        slot,
+        wanted,
+        given: words.len(),
+    })
+}
+
+/// Reads the dirty log of a slot of `pages` pages into `words`, and clears it unless the VM has
+/// manual clearing.
 pub(super) fn get_dirty_log(
     vm: &VmFd,
     slot: u32,
     pages: u64,
     words: &mut [u64],
 ) -> Result<(), Error> {
-    let wanted = usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX);
-    if words.len() != wanted {
-        return Err(Error::DirtyLogBuffer {
-            slot,
-            wanted,
-            given: words.len(),
-        });
-    }
+    check_dirty_log_buffer(slot, pages, words)?;
     let log = kvm_dirty_log {
         slot,
         padding1: 0,
@@ -79,8 +103,90 @@ pub(super) fn get_dirty_log(
     // (the caller holds the slot in place).
     match unsafe { ioctl_with_ref(vm, KVM_GET_DIRTY_LOG, &log) } {
         0 => Ok(()),
-        _ => Err(Error::last("KVM_GET_DIRTY_LOG")),
+        _ => Err(dirty_log_error("KVM_GET_DIRTY_LOG", slot)),
     }
+}
+
+/// Clears, in the dirty log of a slot of `pages` pages, those that are set in `words`, the first of
+/// which is page `first_page`.
+pub(super) fn clear_dirty_log(
+    vm: &VmFd,
+    slot: u32,
+    pages: u64,
+    first_page: u64,
+    words: &[u64],
+) -> Result<(), Error> {
+    let piece = || Error::DirtyLogPiece {
+        slot,
+        first_page,
+        words: words.len(),
+        pages,
+    };
+    let left = pages.checked_sub(first_page).ok_or_else(piece)?;
+    if !first_page.is_multiple_of(64) || words.len() > words_of(left) {
+        return Err(piece());
+    }
+    let mut first_page = first_page;
+    for words in words.chunks(CLEAR_WORDS) {
+        let covered = u64::try_from(words.len())
+            .unwrap_or(u64::MAX)
+            .saturating_mul(64);
+        let covered = covered.min(pages.saturating_sub(first_page));
+        let log = kvm_clear_dirty_log {
+            slot,
+            num_pages: u32::try_from(covered).map_err(|_| piece())?,
+            first_page,
+            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+                dirty_bitmap: words.as_ptr().cast_mut().cast(),
+            },
+        };
+        // SAFETY: KVM reads one bit per page, in whole words, which `words` has, and does not write
+        // them.
+        if unsafe { ioctl_with_ref(vm, KVM_CLEAR_DIRTY_LOG, &log) } != 0 {
+            return Err(dirty_log_error("KVM_CLEAR_DIRTY_LOG", slot));
+        }
+        first_page = first_page.saturating_add(covered);
+    }
+    Ok(())
+}
+
+/// The last error of a call on a slot's dirty log: KVM says ENOENT when there is none.
+fn dirty_log_error(operation: &'static str, slot: u32) -> Error {
+    let cause = std::io::Error::last_os_error();
+    match cause.raw_os_error() {
+        Some(libc::ENOENT) => Error::DirtyLogOff { slot },
+        _ => Error::Ioctl { operation, cause },
+    }
+}
+
+/// What one KVM_RESET_DIRTY_RINGS did.
+pub(super) struct RingReset {
+    /// Entries that were taken from the rings.
+    pub(super) done: u64,
+    /// Whether a signal may have cut it short, even if that does not show in `done`.
+    pub(super) disturbed: bool,
+}
+
+/// Write-protects again the pages of entries that were harvested from the dirty rings.
+pub(super) fn reset_dirty_rings(vm: &VmFd) -> Result<RingReset, Error> {
+    let failed = |cause| Error::Ioctl {
+        operation: "KVM_RESET_DIRTY_RINGS",
+        cause,
+    };
+    let reset = || {
+        // SAFETY: no argument; what KVM writes are the rings, which are accessed through atomics
+        // and raw pointers only.
+        match u64::try_from(unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS) }) {
+            Ok(done) => Ok(done),
+            Err(_) => Err(std::io::Error::last_os_error()),
+        }
+    };
+    let (answer, disturbed) = undisturbed(reset).map_err(failed)?;
+    let done = match answer {
+        Err(cause) if cause.kind() == std::io::ErrorKind::Interrupted => 0,
+        answer => answer.map_err(failed)?,
+    };
+    Ok(RingReset { done, disturbed })
 }
 
 /// Extended state into `area`, which has the size KVM names for this VM. `xsave2` says whether

@@ -7,8 +7,11 @@ use kvm_ioctls::Kvm;
 
 use crate::{Capabilities, Cpuid, Error, Hypervisor, Vm, VmOptions, kick};
 
+mod dirty_log;
+mod dirty_ring;
 mod ioctls;
 pub(crate) mod run_page;
+mod undisturbed;
 mod vcpu;
 mod vcpu_state;
 mod vm;

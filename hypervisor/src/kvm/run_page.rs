@@ -9,9 +9,9 @@ use std::slice;
 use std::sync::atomic::AtomicU8;
 
 use kvm_bindings::{
-    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
-    KVM_EXIT_IO_OUT, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN,
-    KVM_EXIT_SYSTEM_EVENT, kvm_run, kvm_run__bindgen_ty_1,
+    KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR,
+    KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO,
+    KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, kvm_run, kvm_run__bindgen_ty_1,
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use vm_memory::GuestAddress;
@@ -86,6 +86,11 @@ impl RunPage {
     /// Whether the last exit, which came with an error, names a memory fault.
     pub(crate) fn is_memory_fault(&self) -> bool {
         self.reason() == KVM_EXIT_MEMORY_FAULT
+    }
+
+    /// Whether the last exit says that the vCPU's dirty ring must be emptied.
+    pub(crate) fn is_dirty_ring_full(&self) -> bool {
+        self.reason() == KVM_EXIT_DIRTY_RING_FULL
     }
 
     /// Makes sense of the last exit.

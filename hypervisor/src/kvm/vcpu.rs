@@ -24,6 +24,15 @@ pub(super) struct KvmVcpu {
     kicker: VcpuKicker,
 }
 
+/// How KVM_RUN came back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Returned {
+    /// With an exit in the shared page.
+    Exit,
+    /// For a kick or another signal.
+    Interrupted,
+}
+
 impl KvmVcpu {
     pub(super) fn new(vm: Arc<Inner>, index: u32) -> Result<Self, Error> {
         let fd = vm
@@ -33,6 +42,9 @@ impl KvmVcpu {
         // SAFETY: `fd` is open for the whole borrow, which ends with this call.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
         let page = Arc::new(RunPage::map(borrowed, vm.fd.run_size())?);
+        if let Some(rings) = vm.record.rings() {
+            rings.add(borrowed)?;
+        }
         Ok(Self {
             fd,
             vm,
@@ -44,28 +56,42 @@ impl KvmVcpu {
     }
 
     fn enter(&mut self) -> Result<VcpuExit<'_>, Error> {
-        if let Err(cause) = ioctls::run(&self.fd) {
-            // An uninitialised vCPU that is woken says EAGAIN.
-            let interrupted = matches!(
-                cause.kind(),
-                io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
-            );
-            if interrupted {
+        loop {
+            if self.run_once()? == Returned::Interrupted {
                 self.page.immediate_exit().store(0, Ordering::SeqCst);
                 return Ok(VcpuExit::Interrupted);
             }
-            let fault = matches!(cause.raw_os_error(), Some(libc::EFAULT | libc::EHWPOISON));
-            // The one exit that comes with an error (api.rst, KVM_EXIT_MEMORY_FAULT).
-            if !(fault && self.page.is_memory_fault()) {
-                return Err(Error::Ioctl {
-                    operation: "KVM_RUN",
-                    cause,
-                });
+            match self.vm.record.rings() {
+                Some(rings) if self.page.is_dirty_ring_full() => rings.make_room(&self.vm.fd)?,
+                Some(_) | None => break,
             }
         }
         // SAFETY: KVM_RUN has returned. The result borrows `self` exclusively, and both a further
         // KVM_RUN and a further decode of this page need that borrow.
         unsafe { self.page.decode() }
+    }
+
+    fn run_once(&mut self) -> Result<Returned, Error> {
+        let Err(cause) = ioctls::run(&self.fd) else {
+            return Ok(Returned::Exit);
+        };
+        // An uninitialised vCPU that is woken says EAGAIN.
+        let interrupted = matches!(
+            cause.kind(),
+            io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+        );
+        if interrupted {
+            return Ok(Returned::Interrupted);
+        }
+        let fault = matches!(cause.raw_os_error(), Some(libc::EFAULT | libc::EHWPOISON));
+        // The one exit that comes with an error (api.rst, KVM_EXIT_MEMORY_FAULT).
+        if fault && self.page.is_memory_fault() {
+            return Ok(Returned::Exit);
+        }
+        Err(Error::Ioctl {
+            operation: "KVM_RUN",
+            cause,
+        })
     }
 
     /// Writes MSRs in batches; names the first that is refused.

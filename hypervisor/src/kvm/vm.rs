@@ -14,32 +14,40 @@ use parking_lot::RwLock;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::dirty_log::Record;
 use super::ioctls::{self, Doorbell};
 use super::vcpu::KvmVcpu;
 use crate::capabilities::{XSAVE_MAX_BYTES, xsave_bytes};
 use crate::state::{VM_STATE_VERSION, VmState};
 use crate::{
-    Capabilities, DirtyLog, Error, HostMapping, IoAddress, IrqChip, MemorySlot, MsiRoute,
-    SlotFlags, Vcpu, Vm, VmOptions,
+    Capabilities, Error, HostMapping, IoAddress, IrqChip, MemorySlot, MsiRoute, SlotFlags, Vcpu,
+    Vm, VmOptions,
 };
 
 /// Granularity of memory slots and the dirty log on x86.
-const PAGE_SIZE: u64 = 4096;
+pub(super) const PAGE_SIZE: u64 = 4096;
 /// Pins of the I/O APIC, hence GSIs that are not messages.
 const IOAPIC_PINS: u32 = 24;
 /// Pins of the two i8259s.
 const PIC_PINS: u32 = 16;
 
-struct Slot {
+pub(super) struct Slot {
     gpa: GuestAddress,
     mapping: Arc<dyn HostMapping>,
     flags: SlotFlags,
+    /// Whether writes are recorded.
+    pub(super) log_dirty: bool,
 }
 
 impl Slot {
-    fn region(&self, slot: u32) -> kvm_userspace_memory_region {
+    /// Its pages, by which the dirty log counts.
+    pub(super) fn pages(&self) -> u64 {
+        self.mapping.len() / PAGE_SIZE
+    }
+
+    pub(super) fn region(&self, slot: u32) -> kvm_userspace_memory_region {
         let mut flags = 0;
-        if self.flags.log_dirty {
+        if self.log_dirty {
             flags |= KVM_MEM_LOG_DIRTY_PAGES;
         }
         if self.flags.read_only {
@@ -66,12 +74,14 @@ pub(super) struct Inner {
     pub(super) xsave2: bool,
     timer: bool,
     /// Held for reading over calls that rely on a slot's size.
-    slots: RwLock<BTreeMap<u32, Slot>>,
+    pub(super) slots: RwLock<BTreeMap<u32, Slot>>,
+    /// Rings are unmapped with it, after the memory went.
+    pub(super) record: Record,
 }
 
 /// A VM on KVM.
 pub(super) struct KvmVm {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
 }
 
 impl KvmVm {
@@ -103,6 +113,7 @@ impl KvmVm {
             fd.create_pit2(config)
                 .map_err(Error::ioctl("KVM_CREATE_PIT2"))?;
         }
+        let record = Record::new(&fd, &capabilities.dirty_log, options.dirty_log)?;
         let xsave2 = fd.check_extension_int(Cap::Xsave2);
         let bytes = xsave_bytes(xsave2);
         if bytes > XSAVE_MAX_BYTES {
@@ -121,13 +132,27 @@ impl KvmVm {
                 xsave2: xsave2 > 0,
                 timer: options.timer,
                 slots: RwLock::new(BTreeMap::new()),
+                record,
             }),
         })
     }
 }
 
 impl Inner {
-    fn set_region(&self, region: kvm_userspace_memory_region) -> Result<(), Error> {
+    /// Does `action` with the number of pages of `slot`, which stays as it is meanwhile.
+    pub(super) fn pages_of<T>(
+        &self,
+        slot: MemorySlot,
+        action: impl FnOnce(u64) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let slots = self.slots.read();
+        let held = slots
+            .get(&slot.0)
+            .ok_or(Error::UnknownSlot { slot: slot.0 })?;
+        action(held.pages())
+    }
+
+    pub(super) fn set_region(&self, region: kvm_userspace_memory_region) -> Result<(), Error> {
         // SAFETY: the mapping stays valid while the slot is in the table (`HostMapping`'s
         // contract), the table lives as long as the VM and its vCPUs, and a slot is taken from
         // KVM before it leaves the table.
@@ -186,6 +211,7 @@ impl Vm for KvmVm {
             gpa,
             mapping,
             flags,
+            log_dirty: false,
         };
         self.inner.set_region(slot.region(number))?;
         slots.insert(number, slot);
@@ -200,8 +226,14 @@ impl Vm for KvmVm {
         let mut region = held.region(slot.0);
         region.memory_size = 0;
         self.inner.set_region(region)?;
-        slots.remove(&slot.0);
-        Ok(())
+        let removed = slots.remove(&slot.0);
+        // Its number may be given to another slot, of which nothing is dirty.
+        match self.inner.record.rings() {
+            Some(rings) if removed.is_some_and(|slot| slot.log_dirty) => {
+                rings.close_log(&self.inner.fd, slot.0)
+            }
+            Some(_) | None => Ok(()),
+        }
     }
 
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, Error> {
@@ -392,37 +424,4 @@ fn message_route(route: &MsiRoute) -> kvm_irq_routing_entry {
     entry.u.msi.address_hi = u32::from_le_bytes([a4, a5, a6, a7]);
     entry.u.msi.data = route.data;
     entry
-}
-
-impl DirtyLog for KvmVm {
-    fn set_dirty_logging(&self, slot: MemorySlot, on: bool) -> Result<(), Error> {
-        let mut slots = self.inner.slots.write();
-        let held = slots
-            .get_mut(&slot.0)
-            .ok_or(Error::UnknownSlot { slot: slot.0 })?;
-        let before = held.flags.log_dirty;
-        held.flags.log_dirty = on;
-        let region = held.region(slot.0);
-        self.inner.set_region(region).inspect_err(|_| {
-            held.flags.log_dirty = before;
-        })
-    }
-
-    fn dirty_log_words(&self, slot: MemorySlot) -> Result<usize, Error> {
-        let slots = self.inner.slots.read();
-        let held = slots
-            .get(&slot.0)
-            .ok_or(Error::UnknownSlot { slot: slot.0 })?;
-        let pages = held.mapping.len() / PAGE_SIZE;
-        Ok(usize::try_from(pages.div_ceil(64)).unwrap_or(usize::MAX))
-    }
-
-    fn read_dirty_log(&self, slot: MemorySlot, words: &mut [u64]) -> Result<(), Error> {
-        let slots = self.inner.slots.read();
-        let held = slots
-            .get(&slot.0)
-            .ok_or(Error::UnknownSlot { slot: slot.0 })?;
-        let pages = held.mapping.len() / PAGE_SIZE;
-        ioctls::get_dirty_log(&self.inner.fd, slot.0, pages, words)
-    }
 }

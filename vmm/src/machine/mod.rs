@@ -11,7 +11,7 @@ use std::sync::Arc;
 use ::devices::bus::Bus;
 use ::devices::thread::ThreadSpawner;
 use event_monitor::EventMonitor;
-use hypervisor::{Cpuid, Hypervisor, MemorySlot, SlotFlags, Vm, VmOptions};
+use hypervisor::{Cpuid, DirtyLogChoice, Hypervisor, MemorySlot, SlotFlags, Vm, VmOptions};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vm_migration::ErrorChain;
 
@@ -77,7 +77,10 @@ impl Machine {
     pub fn new(config: &VmConfig, host: &Host) -> Result<Self, MachineError> {
         let vm = host
             .hypervisor
-            .create_vm(&VmOptions::default())
+            .create_vm(&VmOptions {
+                dirty_log: DirtyLogChoice::BitmapAutoClear,
+                ..VmOptions::default()
+            })
             .map_err(MachineError::hypervisor("create a VM"))?;
         let ram = Ram::new(&config.memory).map_err(MachineError::Memory)?;
         let slots = add_memory(&*vm, &ram)?;
