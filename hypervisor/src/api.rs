@@ -68,6 +68,11 @@ unsafe impl<B: Bitmap + Send + Sync> HostMapping for GuestRegionMmap<B> {
 pub struct MemorySlot(pub(crate) u32);
 
 impl MemorySlot {
+    /// The slot that an implementation of [`Vm`] calls `number`.
+    pub const fn new(number: u32) -> Self {
+        Self(number)
+    }
+
     /// KVM's number, for messages.
     pub const fn number(self) -> u32 {
         self.0

@@ -128,6 +128,9 @@ const RESOLVE: &[&str] = &[
     "writev",
 ];
 
+/// Emptying dirty rings: whether the thread was stopped meanwhile.
+const DIRTY_RINGS: &[&str] = &["getrusage"];
+
 /// Making a descriptor non-blocking, and how much is there to read (`asm-generic/ioctls.h`).
 const FIONBIO: Ioctl = Request(0x5421);
 const FIONREAD: Ioctl = Request(0x541b);
@@ -155,8 +158,11 @@ const CONSOLE: &[Ioctl] = &[
 /// All of KVM (`linux/kvm.h`, `KVMIO`): making and restoring a VM takes most of it.
 const KVM: &[Ioctl] = &[Type(0xae)];
 
-/// Running a vCPU (`linux/kvm.h`).
-const RUN: &[Ioctl] = &[Request(0xae80)]; // KVM_RUN
+/// Running a vCPU, and emptying the dirty rings when its own is full (`linux/kvm.h`).
+const RUN: &[Ioctl] = &[
+    Request(0xae80), // KVM_RUN
+    Request(0xaec7), // KVM_RESET_DIRTY_RINGS
+];
 
 /// Reading a VM's state and what it wrote (`linux/kvm.h`).
 const SAVE: &[Ioctl] = &[
@@ -175,6 +181,8 @@ const SAVE: &[Ioctl] = &[
     Request(0xaea6), // KVM_GET_XCRS
     Request(0xaead), // KVM_KVMCLOCK_CTRL
     Request(0xaebe), // KVM_GET_NESTED_STATE
+    Request(0xaec0), // KVM_CLEAR_DIRTY_LOG
+    Request(0xaec7), // KVM_RESET_DIRTY_RINGS
     Request(0xaecf), // KVM_GET_XSAVE2
 ];
 
@@ -245,7 +253,8 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 LISTEN,
                 RESOLVE,
                 VFIO_USER,
-                &["lseek"], // in a kernel's file
+                DIRTY_RINGS, // of a guest that is taken back after its migration
+                &["lseek"],  // in a kernel's file
             ],
             ioctls: &[KVM, TAP_OPEN, TAP_START, TAP_CONTROL, TERMINALS],
             resolves: true,
@@ -263,7 +272,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         // routes, a driver's DRIVER_OK starts a device's threads, a vfio-user access is a message,
         // and serial output may go to a socket.
         ThreadKind::Vcpu => Profile {
-            calls: &[RUNTIME, THREADS, VFIO_USER, &["sendto"]],
+            calls: &[RUNTIME, THREADS, VFIO_USER, DIRTY_RINGS, &["sendto"]],
             ioctls: &[RUN, ROUTES, TAP_START, TAP_CONTROL],
             resolves: false,
             starts: DEVICE_THREADS,
@@ -280,7 +289,15 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         },
         // Goes on with the VM where it was if the migration fails: devices start again.
         ThreadKind::MigrationSend => Profile {
-            calls: &[RUNTIME, THREADS, RESOLVE, CONNECT, STREAM, VFIO_USER],
+            calls: &[
+                RUNTIME,
+                THREADS,
+                RESOLVE,
+                CONNECT,
+                STREAM,
+                VFIO_USER,
+                DIRTY_RINGS,
+            ],
             ioctls: &[SAVE, ROUTES, TAP_START, TAP_CONTROL, &[FIONBIO, FIONREAD]],
             resolves: true,
             starts: DEVICE_THREADS,

@@ -45,6 +45,10 @@ pub struct VmSpec {
     pub nets: Vec<Value>,
     /// `user_devices` of the configuration.
     pub user_devices: Vec<Value>,
+    /// `memory.dirty_log`.
+    pub dirty_log: &'static str,
+    /// `memory.dirty_ring_entries`.
+    pub dirty_ring_entries: Option<u32>,
 }
 
 impl VmSpec {
@@ -57,6 +61,8 @@ impl VmSpec {
             words: words.to_owned(),
             nets: Vec::new(),
             user_devices: Vec::new(),
+            dirty_log: "bitmap",
+            dirty_ring_entries: None,
         }
     }
 
@@ -72,6 +78,8 @@ impl VmSpec {
                 "size": self.mib << 20,
                 "shared": self.ram == Ram::Shared,
                 "hugepages": self.ram == Ram::Huge,
+                "dirty_log": self.dirty_log,
+                "dirty_ring_entries": self.dirty_ring_entries,
             },
             "payload": {
                 "kernel": guest::elf()?,

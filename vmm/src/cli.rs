@@ -78,11 +78,18 @@ pub struct Cli {
     #[arg(
         long,
         value_name = "size=SIZE,…",
-        help = "Guest RAM: size=SIZE[,shared=on|off][,hugepages=on|off][,hugepage_size=2M|1G]",
+        help = "Guest RAM: size=SIZE[,shared=on|off][,hugepages=on|off][,hugepage_size=2M|1G]\
+            [,dirty_log=bitmap|bitmap-auto-clear|ring][,dirty_ring_entries=N]",
         long_help = "Guest RAM: size=SIZE[,shared=on|off][,hugepages=on|off][,hugepage_size=2M|1G]\
+            [,dirty_log=bitmap|bitmap-auto-clear|ring][,dirty_ring_entries=N]\
             \n\n\
             shared=on makes it a memfd that other processes may map; passthrough devices need \
-            that. Default: size=512M.",
+            that.\n\n\
+            dirty_log is how KVM logs the pages that vCPUs write during a migration: in a bitmap \
+            that is cleared just before pages are sent, or as a whole each time it is read (also \
+            where KVM cannot do the former); or in a ring for each vCPU, of N entries, a power of \
+            two (default 4096), which costs by pages written and not by guest size.\n\n\
+            Default: size=512M,dirty_log=bitmap.",
         help_heading = "The VM"
     )]
     pub memory: Option<MemoryConfig>,

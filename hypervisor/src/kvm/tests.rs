@@ -13,9 +13,11 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::{
-    DirtyLogChoice, HostMapping, Hva, IoAddress, MemorySlot, MsiRoute, SlotFlags, Vcpu, VcpuExit,
-    VcpuState, VmState,
+    HostMapping, Hva, IoAddress, MemorySlot, MsiRoute, SlotFlags, Vcpu, VcpuExit, VcpuState,
+    VmState,
 };
+
+mod dirty_log;
 
 const CODE: u64 = 0x1000;
 const PAGES: usize = 100;
@@ -175,50 +177,6 @@ fn pending_input_reaches_its_register_before_a_save() {
     );
     let regs = machine.vcpu.registers().unwrap();
     assert_eq!((regs.rax & 0xff, regs.rip), (0x5a, CODE + 2));
-}
-
-/// What KVM's emulator writes is in the log too. The rest of it: `tests/dirty_log.rs`.
-#[test]
-fn dirty_log_has_emulated_writes() {
-    let Some(host) = host("dirty_log_has_emulated_writes") else {
-        return;
-    };
-    let code = [
-        0xa2, 0xff, 0x2f, // mov [0x2fff], al
-        0xa2, 0x00, 0x50, // mov [0x5000], al
-        0xa2, 0x10, 0x50, // mov [0x5010], al
-        0xe6, 0x10, // out 0x10, al
-        0x26, 0xa2, 0x00, 0x00, // mov es:[0], al
-        0xe6, 0x10, // out 0x10, al
-    ];
-    for dirty_log in [
-        DirtyLogChoice::BitmapAutoClear,
-        DirtyLogChoice::Ring { entries: None },
-    ] {
-        let rings = host.capabilities().dirty_log.ring_entries;
-        if rings == 0 && dirty_log != DirtyLogChoice::BitmapAutoClear {
-            println!("SKIP: dirty_log_has_emulated_writes: rings are not offered here");
-            continue;
-        }
-        let options = VmOptions {
-            dirty_log,
-            ..VmOptions::default()
-        };
-        let mut machine = machine_with(&host, memory(&[(CODE, &code)]), 0, &options);
-        let mut sregs = machine.vcpu.special_registers().unwrap();
-        sregs.es.base = 99 * 0x1000;
-        machine.vcpu.set_special_registers(&sregs).unwrap();
-        let (vm, slot) = (&machine.vm, machine.slot);
-        let mut words = [u64::MAX; 2];
-        assert_eq!(vm.dirty_log_words(slot).unwrap(), 2);
-        vm.set_dirty_logging(slot, true).unwrap();
-        next_out(machine.vcpu.as_mut());
-        vm.read_dirty_log(slot, &mut words).unwrap();
-        assert_eq!(words, [(1 << 2) | (1 << 5), 0]);
-        next_out(machine.vcpu.as_mut());
-        vm.read_dirty_log(slot, &mut words).unwrap();
-        assert_eq!(words, [0, 1 << (99 - 64)]);
-    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use vm_migration::migrate::{Address, MigrationParams, MigrationStatus, TimeoutStrategy};
 
-use crate::config::{ConfigError, ConsoleConfig, VmConfig, check_id, check_ifname};
+use crate::config::{ConfigError, ConsoleConfig, DirtyLogConfig, VmConfig, check_id, check_ifname};
 
 /// One request to the VMM's control loop. The comments name the endpoint and the answer.
 #[derive(Debug)]
@@ -85,7 +85,7 @@ pub enum ApiReply {
     Metrics(String),
 }
 
-/// Counters by device id, then by counter name.
+/// Counters by device id (`vcpus` for the vCPUs), then by counter name.
 pub type Counters = BTreeMap<String, BTreeMap<String, u64>>;
 
 /// The answer to `vmm.ping`.
@@ -126,6 +126,10 @@ pub struct VmInfo {
     /// Facts about each device by its id: what serves it and why, ptys, backends.
     #[serde(default)]
     pub devices: BTreeMap<String, BTreeMap<String, String>>,
+    /// How this host's KVM keeps the dirty log: what `config.memory.dirty_log` asks for, as far as
+    /// KVM has it. Only of a VM that is built.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dirty_log: Option<DirtyLogConfig>,
 }
 
 /// The body of `vm.send-migration`.

@@ -113,7 +113,8 @@ fn the_document_describes_the_routes_and_the_types() {
 
     let full = json!({
         "cpus": {"boot_vcpus": 1},
-        "memory": {"size": 2 << 20, "shared": true, "hugepages": true, "hugepage_size": 2 << 20},
+        "memory": {"size": 2 << 20, "shared": true, "hugepages": true, "hugepage_size": 2 << 20,
+            "dirty_log": "ring", "dirty_ring_entries": 1024},
         "payload": {"kernel": "k", "initramfs": "i", "cmdline": "c"},
         "net": [{"tap": "t", "mtu": 1500}],
         "serial": {"mode": "File", "file": "f"},

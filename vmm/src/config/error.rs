@@ -115,6 +115,21 @@ pub enum ConfigError {
         "--memory (memory.hugepage_size): given while hugepages=off; add hugepages=on or drop it"
     )]
     HugepagesOff,
+    /// A size of dirty rings where there are none.
+    #[error(
+        "--memory (memory.dirty_ring_entries): given while there are no rings; add dirty_log=ring \
+         or drop it"
+    )]
+    DirtyRingOff,
+    /// A dirty ring of a size that rings do not have.
+    #[error(
+        "--memory (memory.dirty_ring_entries): {entries} is no power of two; use one such as \
+         4096"
+    )]
+    DirtyRingEntries {
+        /// The entries asked for.
+        entries: u32,
+    },
     /// A console that needs a path, without it.
     #[error("{option}: mode {mode} needs `{key}`; give the path")]
     ConsolePathMissing {

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use hypervisor::{DirtyLogChoice, DirtyLogMethod};
 use serde::{Deserialize, Serialize};
 
 use super::error::ConfigError;
@@ -107,6 +108,64 @@ pub struct MemoryConfig {
     /// Which huge pages, in bytes; the system's default size if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hugepage_size: Option<u64>,
+    /// How KVM keeps the log of pages that vCPUs write.
+    #[serde(default, skip_serializing_if = "DirtyLogConfig::is_default")]
+    pub dirty_log: DirtyLogConfig,
+    /// Entries of each vCPU's dirty ring; the hypervisor's default if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dirty_ring_entries: Option<u32>,
+}
+
+/// How KVM keeps the log of pages that vCPUs write while a VM migrates.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DirtyLogConfig {
+    /// A bitmap that is cleared piece by piece, just before the pages are sent; where KVM cannot,
+    /// as [`BitmapAutoClear`](Self::BitmapAutoClear).
+    #[default]
+    Bitmap,
+    /// A bitmap that is cleared whole, each time it is read.
+    BitmapAutoClear,
+    /// A ring per vCPU.
+    Ring,
+}
+
+impl DirtyLogConfig {
+    /// All there are, and what they are called.
+    const NAMES: [(Self, &'static str); 3] = [
+        (Self::Bitmap, "bitmap"),
+        (Self::BitmapAutoClear, "bitmap-auto-clear"),
+        (Self::Ring, "ring"),
+    ];
+
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    fn from_name(name: &str) -> Option<Self> {
+        let mut known = Self::NAMES.into_iter();
+        known
+            .find(|(_, known)| *known == name)
+            .map(|(this, _)| this)
+    }
+}
+
+impl fmt::Display for DirtyLogConfig {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut known = Self::NAMES.into_iter();
+        let name = known.find(|(this, _)| this == self);
+        out.write_str(name.map_or("", |(_, name)| name))
+    }
+}
+
+impl From<DirtyLogMethod> for DirtyLogConfig {
+    fn from(method: DirtyLogMethod) -> Self {
+        match method {
+            DirtyLogMethod::BitmapManualClear { .. } => Self::Bitmap,
+            DirtyLogMethod::BitmapAutoClear => Self::BitmapAutoClear,
+            DirtyLogMethod::Ring { .. } => Self::Ring,
+        }
+    }
 }
 
 impl Default for MemoryConfig {
@@ -116,6 +175,8 @@ impl Default for MemoryConfig {
             shared: false,
             hugepages: false,
             hugepage_size: None,
+            dirty_log: DirtyLogConfig::default(),
+            dirty_ring_entries: None,
         }
     }
 }
@@ -124,13 +185,25 @@ impl FromStr for MemoryConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let allowed = &["size", "shared", "hugepages", "hugepage_size"];
+        let allowed = &[
+            "size",
+            "shared",
+            "hugepages",
+            "hugepage_size",
+            "dirty_log",
+            "dirty_ring_entries",
+        ];
+        let expected = "bitmap, bitmap-auto-clear or ring";
         let keys = OptionString::parse("--memory", allowed, text)?;
         Ok(Self {
             size: keys.size("size")?.unwrap_or(Self::default().size),
             shared: keys.toggle("shared")?.unwrap_or(false),
             hugepages: keys.toggle("hugepages")?.unwrap_or(false),
             hugepage_size: keys.size("hugepage_size")?,
+            dirty_log: keys
+                .parsed("dirty_log", expected, DirtyLogConfig::from_name)?
+                .unwrap_or_default(),
+            dirty_ring_entries: keys.number("dirty_ring_entries")?,
         })
     }
 }
@@ -145,14 +218,29 @@ impl fmt::Display for MemoryConfig {
             word(self.shared),
             word(self.hugepages)
         )?;
-        match self.hugepage_size {
-            Some(size) => write!(out, ",hugepage_size={}", format_size(size)),
+        if let Some(size) = self.hugepage_size {
+            write!(out, ",hugepage_size={}", format_size(size))?;
+        }
+        write!(out, ",dirty_log={}", self.dirty_log)?;
+        match self.dirty_ring_entries {
+            Some(entries) => write!(out, ",dirty_ring_entries={entries}"),
             None => Ok(()),
         }
     }
 }
 
 impl MemoryConfig {
+    /// What the VM is asked for.
+    pub fn dirty_log_choice(&self) -> DirtyLogChoice {
+        match self.dirty_log {
+            DirtyLogConfig::Bitmap => DirtyLogChoice::Bitmap,
+            DirtyLogConfig::BitmapAutoClear => DirtyLogChoice::BitmapAutoClear,
+            DirtyLogConfig::Ring => DirtyLogChoice::Ring {
+                entries: self.dirty_ring_entries,
+            },
+        }
+    }
+
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
         if let Some(size) = self.hugepage_size {
             if !self.hugepages {
@@ -160,6 +248,14 @@ impl MemoryConfig {
             }
             if !HUGE_PAGES.contains(&size) {
                 return Err(ConfigError::HugepageSize { size });
+            }
+        }
+        if let Some(entries) = self.dirty_ring_entries {
+            if self.dirty_log != DirtyLogConfig::Ring {
+                return Err(ConfigError::DirtyRingOff);
+            }
+            if !entries.is_power_of_two() {
+                return Err(ConfigError::DirtyRingEntries { entries });
             }
         }
         let page = match (self.hugepages, self.hugepage_size) {

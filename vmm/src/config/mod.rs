@@ -23,7 +23,8 @@ use serde::{Deserialize, Serialize};
 pub use console::ConsoleConfig;
 pub use error::ConfigError;
 pub use machine::{
-    CpusConfig, MAX_CMDLINE_BYTES, MAX_VCPUS, MemoryConfig, PayloadConfig, RngConfig,
+    CpusConfig, DirtyLogConfig, MAX_CMDLINE_BYTES, MAX_VCPUS, MemoryConfig, PayloadConfig,
+    RngConfig,
 };
 pub(crate) use net::check_ifname;
 pub use net::{MAX_NET_QUEUES, MAX_QUEUE_SIZE, MacAddress, NetConfig, UserDeviceConfig};

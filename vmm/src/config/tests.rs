@@ -3,6 +3,7 @@ use std::path::PathBuf;
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
+use proptest::sample::select;
 
 use super::*;
 
@@ -22,7 +23,7 @@ fn a_kernel_alone_is_a_vm_with_documented_defaults() {
     assert_eq!(config.cpus.to_string(), "boot=1,max=1");
     assert_eq!(
         config.memory.to_string(),
-        "size=512M,shared=off,hugepages=off"
+        "size=512M,shared=off,hugepages=off,dirty_log=bitmap"
     );
     assert_eq!(config.serial, ConsoleConfig::Null);
     assert_eq!(config.console, ConsoleConfig::Tty);
@@ -40,23 +41,36 @@ fn unknown_keys_are_refused_by_name() {
     let error = "size=1G,mergeable=on".parse::<MemoryConfig>().unwrap_err();
     assert_eq!(
         error.to_string(),
-        "--memory: unknown key `mergeable`; it takes size, shared, hugepages, hugepage_size"
+        "--memory: unknown key `mergeable`; it takes size, shared, hugepages, hugepage_size, \
+         dirty_log, dirty_ring_entries"
     );
 }
 
 #[test]
 fn option_strings_in_cloud_hypervisors_shapes() {
-    let memory: MemoryConfig = "size=1G,shared=on,hugepages=on,hugepage_size=2M"
-        .parse()
-        .unwrap();
+    let memory: MemoryConfig =
+        "size=1G,shared=on,hugepages=on,hugepage_size=2M,dirty_log=ring,dirty_ring_entries=1024"
+            .parse()
+            .unwrap();
     assert_eq!(
         memory,
         MemoryConfig {
             size: 1 << 30,
             shared: true,
             hugepages: true,
-            hugepage_size: Some(2 << 20)
+            hugepage_size: Some(2 << 20),
+            dirty_log: DirtyLogConfig::Ring,
+            dirty_ring_entries: Some(1024),
         }
+    );
+    let memory: MemoryConfig = "size=1G,dirty_log=bitmap-auto-clear".parse().unwrap();
+    assert_eq!(memory.dirty_log, DirtyLogConfig::BitmapAutoClear);
+    let error = "size=1G,dirty_log=rings"
+        .parse::<MemoryConfig>()
+        .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "--memory: `dirty_log=rings` is not bitmap, bitmap-auto-clear or ring"
     );
     let cpus: CpusConfig = "boot=2".parse().unwrap();
     assert_eq!((cpus.boot_vcpus, cpus.max_vcpus), (2, 2));
@@ -199,6 +213,17 @@ fn nonsense_is_refused_with_the_remedy() {
         "{error}"
     );
     assert_eq!(
+        refusal(|c| c.memory.dirty_ring_entries = Some(4096)),
+        ConfigError::DirtyRingOff
+    );
+    assert_eq!(
+        refusal(|c| {
+            c.memory.dirty_log = DirtyLogConfig::Ring;
+            c.memory.dirty_ring_entries = Some(1000);
+        }),
+        ConfigError::DirtyRingEntries { entries: 1000 }
+    );
+    assert_eq!(
         refusal(|c| c.serial = ConsoleConfig::Tty),
         ConfigError::TwoTtys
     );
@@ -334,8 +359,14 @@ prop_compose! {
         shared: bool,
         hugepages: bool,
         hugepage_size in option::of(any::<u64>()),
+        dirty_log in select(vec![
+            DirtyLogConfig::Bitmap,
+            DirtyLogConfig::BitmapAutoClear,
+            DirtyLogConfig::Ring,
+        ]),
+        dirty_ring_entries in option::of(any::<u32>()),
     ) -> MemoryConfig {
-        MemoryConfig { size, shared, hugepages, hugepage_size }
+        MemoryConfig { size, shared, hugepages, hugepage_size, dirty_log, dirty_ring_entries }
     }
 }
 

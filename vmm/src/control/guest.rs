@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use event_monitor::{Event, EventMonitor};
 
 use crate::api::{ApiError, Counters, VmInfo, VmState};
-use crate::config::VmConfig;
+use crate::config::{DirtyLogConfig, VmConfig};
 use crate::machine::{Host, Machine, MachineError};
 use crate::metrics::VmSnapshot;
 use crate::migrate::{Arrived, Stranded};
@@ -193,7 +193,15 @@ impl Guest {
             state,
             memory_actual_size: config.memory.size,
             devices: self.facts(),
+            dirty_log: self.dirty_log(),
         })
+    }
+
+    fn dirty_log(&self) -> Option<DirtyLogConfig> {
+        match self {
+            Self::On { machine, .. } => Some(machine.vm().dirty_log_method().into()),
+            Self::None | Self::Off { .. } => None,
+        }
     }
 
     fn facts(&self) -> BTreeMap<String, BTreeMap<String, String>> {
@@ -205,7 +213,7 @@ impl Guest {
 
     pub(super) fn counters(&self) -> Result<Counters, ApiError> {
         match self {
-            Self::On { machine, .. } => Ok(machine.devices().counters()),
+            Self::On { machine, .. } => Ok(machine.counters()),
             Self::None | Self::Off { .. } => Err(self.cannot("count")),
         }
     }

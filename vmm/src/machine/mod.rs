@@ -11,11 +11,12 @@ use std::sync::Arc;
 use ::devices::bus::Bus;
 use ::devices::thread::ThreadSpawner;
 use event_monitor::EventMonitor;
-use hypervisor::{Cpuid, DirtyLogChoice, Hypervisor, MemorySlot, SlotFlags, Vm, VmOptions};
+use hypervisor::{Cpuid, DirtyLogMethod, Hypervisor, MemorySlot, SlotFlags, Vm, VmOptions};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vm_migration::ErrorChain;
 
 use crate::acpi;
+use crate::api::Counters;
 use crate::boot::{self, Payload};
 use crate::config::VmConfig;
 use crate::interrupts::InterruptManager;
@@ -78,7 +79,7 @@ impl Machine {
         let vm = host
             .hypervisor
             .create_vm(&VmOptions {
-                dirty_log: DirtyLogChoice::BitmapAutoClear,
+                dirty_log: config.memory.dirty_log_choice(),
                 ..VmOptions::default()
             })
             .map_err(MachineError::hypervisor("create a VM"))?;
@@ -216,6 +217,17 @@ impl Machine {
     /// Memory slots, one per RAM region, in the order of the regions.
     pub fn slots(&self) -> &[MemorySlot] {
         &self.slots
+    }
+
+    /// The counters of devices and vCPUs, by their ids.
+    pub fn counters(&self) -> Counters {
+        let mut counters = self.devices.counters();
+        if let DirtyLogMethod::Ring { .. } = self.vm.dirty_log_method() {
+            let vcpus = counters.entry(CPUS_ID.to_owned()).or_default();
+            let exits = self.vm.dirty_ring_full_exits();
+            vcpus.insert("dirty_ring_full".to_owned(), exits);
+        }
+        counters
     }
 
     /// What the hypervisor offers guests here.

@@ -7,6 +7,7 @@ use devices::rtc;
 use devices::serial;
 use devices::thread::{ThreadKind, ThreadSpawner};
 use event_monitor::{Event, EventMonitor};
+use hypervisor::DirtyLog;
 use parking_lot::Mutex;
 use vm_migration::migrate::{
     self, CancelHandle, MigrationEvent, MigrationStatus, Report, Side, SourceParts, SourcePhase,
@@ -164,7 +165,8 @@ impl Stranded {
 /// All writers of guest memory.
 fn dirty_sources(machine: &Machine) -> Vec<Box<dyn DirtySource>> {
     let regions = machine.ram().regions();
-    let vcpus = VcpuDirty::new(Arc::clone(machine.vm()), machine.slots(), &regions);
+    let log: Arc<dyn DirtyLog> = Arc::clone(machine.vm()) as _;
+    let vcpus = VcpuDirty::new(log, machine.slots(), &regions);
     let vmm = VmmWriteSource::new(machine.ram().handle().clone());
     let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(vcpus), Box::new(vmm)];
     for user in machine.devices().users() {
