@@ -219,6 +219,37 @@ impl IovaBitmap {
         self.set_through(range.first().0, range.last().0);
     }
 
+    /// Sets the page of each address; those outside the bitmap are left out. For the list that a
+    /// device or a dirty ring gives, in whatever order: faster than one [`set`](Self::set) after the
+    /// other.
+    pub fn set_each(&mut self, addresses: &[Iova]) {
+        let geometry = self.geometry;
+        let words = self.words_mut();
+        let mut set = |address: &Iova| {
+            if geometry.contains(address.0) {
+                let page = geometry.page_of(address.0);
+                if let Some(word) = words.get_mut(bits::word_index(page)) {
+                    *word |= 1 << (page % bits::WORD_BITS);
+                }
+            }
+        };
+        // Neighbours in a sorted list are in the same word, where each OR waits for the one before.
+        // So four places of the list are gone on with in turn.
+        let (one, two) = addresses.split_at(addresses.len() / 2);
+        let ((a, b), (c, d)) = (one.split_at(one.len() / 2), two.split_at(one.len() / 2));
+        for (((a, b), c), d) in a.iter().zip(b).zip(c).zip(d) {
+            set(a);
+            set(b);
+            set(c);
+            set(d);
+        }
+        // What the longer quarters have more.
+        let done = a.len().min(b.len()).min(c.len()).min(d.len());
+        for quarter in [a, b, c, d] {
+            quarter.iter().skip(done).for_each(&mut set);
+        }
+    }
+
     /// Sets every page.
     pub fn set_all(&mut self) {
         let last = self.geometry.pages - 1;

@@ -193,6 +193,21 @@ proptest! {
     }
 
     #[test]
+    fn a_list_sets_what_its_addresses_do((of, ranges) in geometry_and_ranges(), repeat in 1usize..40) {
+        let mut pair = of.pair();
+        let near = |n: usize, iova: u64| iova.wrapping_add((n as u64) << of.shift.saturating_sub(1));
+        let list: Vec<Iova> = ranges
+            .iter()
+            .flat_map(|(iova, _)| (0..repeat).map(|n| Iova(near(n, *iova))))
+            .collect();
+        pair.real.set_each(&list);
+        for iova in list {
+            pair.naive.set_through(iova.0.into(), iova.0.into());
+        }
+        pair.check()?;
+    }
+
+    #[test]
     fn foreign_words_are_ored(
         (ours, theirs) in two_geometries(),
         first in words(),

@@ -27,7 +27,6 @@ impl Scanner {
     }
 
     /// The next edge; `words` are those of the first call.
-    #[inline]
     fn edge(&mut self, words: &[u64]) -> Option<u64> {
         loop {
             if let Some(edge) = self.edges.pop() {
@@ -42,14 +41,7 @@ impl Scanner {
     /// Looks at more words, if there are some.
     fn refill(&mut self, words: &[u64]) -> bool {
         self.edges.clear();
-        let idle = if self.open { u64::MAX } else { 0 };
         let rest = words.get(self.next..).unwrap_or_default();
-        let rest = {
-            // Within a stretch of the same bits there is no edge: pass it by.
-            let same = raw::skip(rest, idle);
-            self.next += same;
-            rest.get(same..).unwrap_or_default()
-        };
         if rest.is_empty() {
             return false;
         }
@@ -69,6 +61,11 @@ impl Scanner {
     /// The next run of set bits below `limit`, first and end (exclusive).
     #[inline]
     fn run(&mut self, words: &[u64], limit: u64) -> Option<(u64, u64)> {
+        if let Some((first, end)) = self.edges.pop_run()
+            && first < limit
+        {
+            return Some((first, end.min(limit)));
+        }
         let first = self.edge(words).filter(|first| *first < limit)?;
         // A run that no edge ends goes on to the end.
         let end = self.edge(words).unwrap_or(limit);
@@ -101,6 +98,27 @@ impl Iterator for Runs<'_> {
     fn next(&mut self) -> Option<IovaRange> {
         let (first, end) = self.scanner.run(self.words, self.geometry.pages)?;
         self.geometry.range_of_pages(first, end - 1)
+    }
+
+    /// As by [`next`](Self::next), but all runs that are found at once in one loop.
+    #[inline]
+    fn fold<T, F: FnMut(T, IovaRange) -> T>(mut self, start: T, mut add: F) -> T {
+        let limit = self.geometry.pages;
+        let mut sum = start;
+        loop {
+            for [first, end] in self.scanner.edges.pop_runs() {
+                if *first < limit
+                    && let Some(run) = self.geometry.range_of_pages(*first, end.min(&limit) - 1)
+                {
+                    sum = add(sum, run);
+                }
+            }
+            // One that goes on in the words to come, and to look at those.
+            match self.next() {
+                Some(run) => sum = add(sum, run),
+                None => return sum,
+            }
+        }
     }
 }
 

@@ -31,6 +31,30 @@ impl Edges {
         (self.head, self.len) = (0, 0);
     }
 
+    /// The next two edges, taken: a run's first bit and the bit behind it.
+    #[inline]
+    pub(crate) fn pop_run(&mut self) -> Option<(u64, u64)> {
+        match self.at.get(self.head..self.len) {
+            Some([first, end, ..]) => {
+                self.head += 2;
+                Some((*first, *end))
+            }
+            _ => None,
+        }
+    }
+
+    /// All runs that are in it whole, taken.
+    #[inline]
+    pub(crate) fn pop_runs(&mut self) -> &[[u64; 2]] {
+        let (runs, _) = self
+            .at
+            .get(self.head..self.len)
+            .unwrap_or_default()
+            .as_chunks();
+        self.head += 2 * runs.len();
+        runs
+    }
+
     /// The next edge, taken.
     pub(crate) fn pop(&mut self) -> Option<u64> {
         if self.head >= self.len {
@@ -136,9 +160,20 @@ pub(crate) fn edges(words: &[u64], base: u64, before: bool, edges: &mut Edges) -
     let mut start = base;
     let mut len = edges.len;
     let mut looked_at = 0;
-    for word in words {
+    while let Some(word) = words.get(looked_at) {
         if len + Edges::ROOM > Edges::CAPACITY {
             break;
+        }
+        // Stretches of the same bits, where there is no edge, are passed over.
+        if let Some(chunk) = words.get(looked_at..looked_at + STRIDE)
+            && looked_at.is_multiple_of(STRIDE)
+        {
+            let idle = 0u64.wrapping_sub(before);
+            if chunk.iter().fold(0, |all, word| all | (word ^ idle)) == 0 {
+                start = start.wrapping_add(64 * STRIDE as u64);
+                looked_at += STRIDE;
+                continue;
+            }
         }
         // A bit here is set where the word's differs from the one before it.
         let mut changes = word ^ (word << 1 | before);

@@ -1,0 +1,4 @@
+//! Many random operations against a naive model.
+
+#[cfg(test)]
+mod random;
