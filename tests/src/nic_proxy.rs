@@ -27,8 +27,8 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, Shutdown,
 };
 use vfio_user::wire::{
-    FEATURE_MASK, FEATURE_SET, FLAG_ERROR, FeatureMsg, HEADER_SIZE, Header, LogReportMsg,
-    MAX_MSG_FDS, MigStateMsg, TYPE_COMMAND, TYPE_MASK, TYPE_REPLY,
+    FEATURE_MASK, FEATURE_PROBE, FEATURE_SET, FLAG_ERROR, FeatureMsg, HEADER_SIZE, Header,
+    LogReportMsg, MAX_MSG_FDS, MigStateMsg, TYPE_COMMAND, TYPE_MASK, TYPE_REPLY,
 };
 use vfio_user::{Command, DeviceState, Feature};
 use zerocopy::{FromBytes, IntoBytes};
@@ -236,6 +236,10 @@ fn feature_of(message: &[u8], kind: u32) -> Option<(Feature, u32)> {
         return None;
     }
     let (feature, _) = FeatureMsg::read_from_prefix(rest).ok()?;
+    if feature.flags & FEATURE_PROBE != 0 {
+        // Preflight asks whether there is a log: nothing is started, nothing reported.
+        return None;
+    }
     let number = feature.flags & FEATURE_MASK;
     let all = [
         Feature::DmaLoggingStart,
