@@ -79,7 +79,8 @@ fn to_and_fro(vm: &mut Vm, mut other: Ferry, dir: &Path) -> Result<u64> {
             Ok(is_over(&vm.ferry.migration()?).then_some(()))
         })?;
         let (left, moved) = vm.arrive(other)?;
-        println!("{}", moved.line());
+        let disturbed = left.process.output().matches("was disturbed").count();
+        println!("{}; ring resets disturbed: {disturbed}", moved.line());
         vm.verify_clean()
             .with_context(|| format!("migration {number}"))?;
         other = left;
