@@ -29,15 +29,15 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::BorrowedFd;
-use std::ptr::{self, NonNull, addr_of, addr_of_mut};
+use std::ptr::{addr_of, addr_of_mut};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use kvm_bindings::{KVM_DIRTY_GFN_F_MASK, KVM_DIRTY_LOG_PAGE_OFFSET, kvm_dirty_gfn};
 use kvm_ioctls::VmFd;
 use parking_lot::Mutex;
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::ioctls::{self, RingReset};
+use super::vcpu_mapping::VcpuMapping;
 use super::vm::PAGE_SIZE;
 use crate::Error;
 
@@ -67,7 +67,8 @@ impl Written {
 
 /// One vCPU's ring.
 struct Ring {
-    start: NonNull<kvm_dirty_gfn>,
+    /// `entries` times [`kvm_dirty_gfn`].
+    mapping: VcpuMapping,
     /// A power of two.
     entries: u32,
     /// The entry that KVM fills, or filled, next after those harvested; below `entries`.
@@ -82,29 +83,10 @@ unsafe impl Send for Ring {}
 
 impl Ring {
     fn map(vcpu: BorrowedFd<'_>, entries: u32) -> Result<Self, Error> {
-        let failed = |cause: std::io::Error| Error::Ioctl {
-            operation: "mmap of a vCPU's dirty ring",
-            cause,
-        };
-        let length = bytes(entries);
         let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE;
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: the kernel chooses a free address for the new mapping.
-        let start = unsafe {
-            mmap(
-                ptr::null_mut(),
-                length,
-                protection,
-                MapFlags::SHARED,
-                vcpu,
-                offset,
-            )
-        };
-        let start = start.map_err(|cause| failed(cause.into()))?;
-        let start = NonNull::new(start.cast())
-            .ok_or_else(|| failed(std::io::ErrorKind::InvalidData.into()))?;
+        let operation = "mmap of a vCPU's dirty ring";
         Ok(Self {
-            start,
+            mapping: VcpuMapping::new(vcpu, offset, bytes(entries), operation)?,
             entries,
             next: 0,
             waiting: VecDeque::with_capacity(usize::try_from(entries).unwrap_or(0)),
@@ -117,7 +99,7 @@ impl Ring {
         for _ in 0..self.entries {
             let index = usize::try_from(self.next).unwrap_or(0);
             // SAFETY: `next` is below `entries`, so the entry is in the mapping.
-            let entry = unsafe { self.start.as_ptr().add(index) };
+            let entry = unsafe { self.mapping.start().cast::<kvm_dirty_gfn>().add(index) };
             // SAFETY: inside the mapping, which lives as long as `self`; KVM accesses the flags by
             // single loads and stores, this process by this reference only.
             let flags = unsafe { AtomicU32::from_ptr(addr_of_mut!((*entry).flags)) };
@@ -138,15 +120,6 @@ impl Ring {
             // Release: KVM may use the entry once it sees this, which must be after the reads.
             flags.store(HARVESTED, Ordering::Release);
             self.next = (self.next + 1) & (self.entries - 1);
-        }
-    }
-}
-
-impl Drop for Ring {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made by `map` and its owner goes.
-        if let Err(error) = unsafe { munmap(self.start.as_ptr().cast(), bytes(self.entries)) } {
-            tracing::error!(%error, "a vCPU's dirty ring could not be unmapped");
         }
     }
 }
@@ -368,17 +341,8 @@ mod tests {
     }
 
     fn ring(waiting: &[u64]) -> Ring {
-        // SAFETY: anonymous memory at an address of the kernel's choice; the ring unmaps it.
-        let start = unsafe {
-            rustix::mm::mmap_anonymous(
-                ptr::null_mut(),
-                bytes(256),
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE,
-            )
-        };
         Ring {
-            start: NonNull::new(start.unwrap().cast()).unwrap(),
+            mapping: VcpuMapping::anonymous(bytes(256)),
             entries: 256,
             next: 0,
             waiting: waiting.iter().copied().map(written).collect(),

@@ -13,6 +13,7 @@ mod ioctls;
 pub(crate) mod run_page;
 mod undisturbed;
 mod vcpu;
+mod vcpu_mapping;
 mod vcpu_state;
 mod vm;
 

@@ -3,8 +3,8 @@
 //! kvm-ioctls has a mapping of its own; this one is owned jointly by the vCPU and its kickers, so
 //! that a kick after the vCPU is gone touches valid memory.
 
-use std::os::fd::{AsFd, BorrowedFd};
-use std::ptr::{self, NonNull, addr_of, addr_of_mut};
+use std::os::fd::BorrowedFd;
+use std::ptr::{addr_of, addr_of_mut};
 use std::slice;
 use std::sync::atomic::AtomicU8;
 
@@ -13,17 +13,19 @@ use kvm_bindings::{
     KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO,
     KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, kvm_run, kvm_run__bindgen_ty_1,
 };
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use vm_memory::GuestAddress;
 
+use super::vcpu_mapping::VcpuMapping;
 use crate::{Error, VcpuExit};
 
 /// A mapping of `struct kvm_run` and the data behind it.
 #[derive(Debug)]
 pub(crate) struct RunPage {
-    start: NonNull<u8>,
-    length: usize,
+    mapping: VcpuMapping,
 }
+
+/// What an error calls the mapping.
+const MAPPING: &str = "mmap of the vCPU's shared page";
 
 // SAFETY: the mapping belongs to no thread. Through a shared `RunPage` only `immediate_exit` is
 // accessed, atomically; everything else needs the vCPU's exclusive borrow (see `decode`).
@@ -34,29 +36,14 @@ unsafe impl Sync for RunPage {}
 impl RunPage {
     /// Maps the page of the vCPU behind `vcpu`; `length` is what KVM_GET_VCPU_MMAP_SIZE says.
     pub(crate) fn map(vcpu: BorrowedFd<'_>, length: usize) -> Result<Self, Error> {
-        let failed = |cause: std::io::Error| Error::Ioctl {
-            operation: "mmap of the vCPU's shared page",
-            cause,
-        };
         if length < size_of::<kvm_run>() {
-            return Err(failed(std::io::ErrorKind::InvalidData.into()));
+            return Err(Error::Ioctl {
+                operation: MAPPING,
+                cause: std::io::ErrorKind::InvalidData.into(),
+            });
         }
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: the kernel chooses a free address for the new mapping.
-        let start = unsafe {
-            mmap(
-                ptr::null_mut(),
-                length,
-                protection,
-                MapFlags::SHARED,
-                vcpu.as_fd(),
-                0,
-            )
-        };
-        let start = start.map_err(|cause| failed(cause.into()))?;
-        let start = NonNull::new(start.cast())
-            .ok_or_else(|| failed(std::io::ErrorKind::InvalidData.into()))?;
-        Ok(Self { start, length })
+        let mapping = VcpuMapping::new(vcpu, 0, length, MAPPING)?;
+        Ok(Self { mapping })
     }
 
     /// The byte that makes KVM return at once.
@@ -68,7 +55,7 @@ impl RunPage {
     }
 
     fn run(&self) -> *mut kvm_run {
-        self.start.as_ptr().cast()
+        self.mapping.start().cast()
     }
 
     fn exit(&self) -> *mut kvm_run__bindgen_ty_1 {
@@ -159,13 +146,13 @@ impl RunPage {
         };
         let fits = start
             .checked_add(bytes)
-            .is_some_and(|end| end <= self.length);
+            .is_some_and(|end| end <= self.mapping.length());
         if !fits || start < size_of::<kvm_run>() || !matches!(size, 1 | 2 | 4) {
             return Err(Error::MalformedExit);
         }
         // SAFETY: inside the mapping and behind `kvm_run`, as just checked; the caller guarantees
         // that nobody else uses it for the lifetime.
-        let data = unsafe { slice::from_raw_parts_mut(self.start.as_ptr().add(start), bytes) };
+        let data = unsafe { slice::from_raw_parts_mut(self.mapping.start().add(start), bytes) };
         let port = io.port;
         Ok(if u32::from(io.direction) == KVM_EXIT_IO_OUT {
             VcpuExit::IoOut { port, size, data }
@@ -192,14 +179,5 @@ impl RunPage {
         } else {
             VcpuExit::MmioRead { address, data }
         })
-    }
-}
-
-impl Drop for RunPage {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made by `map` and its last owner goes.
-        if let Err(error) = unsafe { munmap(self.start.as_ptr().cast(), self.length) } {
-            tracing::error!(%error, "vCPU's shared page could not be unmapped");
-        }
     }
 }
