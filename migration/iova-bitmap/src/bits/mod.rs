@@ -118,6 +118,9 @@ pub(crate) fn next_set(words: &[u64], from: u64) -> Option<u64> {
 /// The first clear bit at or after `from` and below `limit`; `limit` if there is none.
 pub(crate) fn next_clear(words: &[u64], from: u64, limit: u64) -> u64 {
     let limit = limit.min(bit_len(words));
+    // No word behind the limit is looked at: many short runs may be asked for out of a long one.
+    let end = usize::try_from(limit.div_ceil(WORD_BITS)).unwrap_or(usize::MAX);
+    let words = words.get(..end).unwrap_or(words);
     next_other(words, from, u64::MAX).map_or(limit, |bit| bit.min(limit))
 }
 
