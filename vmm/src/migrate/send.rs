@@ -51,6 +51,7 @@ impl Sending {
             Box::new(CpuSwitch(Arc::clone(machine.vcpus()))),
         )
         .map_err(MigrateError::Engine)?;
+        parts.report_threads = report_threads();
         let address = request.destination().map_err(MigrateError::Address)?;
         let params = request.params();
         let status = Status::new(Side::Source(SourcePhase::Preflight));
@@ -160,6 +161,15 @@ impl Stranded {
     pub fn take_back(mut self) -> Vec<String> {
         self.0.take_back()
     }
+}
+
+/// How many dirty sources are asked at once: as many as this process has CPUs. They wait for
+/// devices and other processes more than they compute, but to more threads than that the guest's
+/// vCPUs would lose time.
+fn report_threads() -> usize {
+    const MOST: u32 = 8;
+    let cpus = rustix::thread::sched_getaffinity(None).map_or(1, |set| set.count());
+    usize::try_from(cpus.clamp(1, MOST)).unwrap_or(1)
 }
 
 /// All writers of guest memory.
