@@ -15,9 +15,9 @@ use crate::guest;
 use crate::guest_output::GuestLog;
 
 /// Memory of the guest that is not dirtied: its image, and room for the VMM's tables.
-const SPARE_MIB: u64 = 128;
+pub(super) const SPARE_MIB: u64 = 128;
 /// Beyond this a migration has not converged.
-const LIMIT: Duration = Duration::from_secs(60);
+pub(super) const LIMIT: Duration = Duration::from_secs(60);
 /// What the guest may take to write all its memory, or check it.
 const GUEST_LIMIT: Duration = Duration::from_secs(120);
 /// Reports of the guest, every 100 ms, before and after.
@@ -206,7 +206,7 @@ pub(super) fn measure(dir: &Path, plan: &Plan) -> Result<Vec<MigrationRow>> {
     Ok(rows)
 }
 
-fn first_line(error: &anyhow::Error) -> String {
+pub(super) fn first_line(error: &anyhow::Error) -> String {
     let text = format!("{error:#}");
     text.lines().next().unwrap_or_default().to_owned()
 }

@@ -11,7 +11,7 @@
 //! - after every migration the guest checks every page.
 //!
 //! - `contender`: how each VMM is started and told to migrate; `qmp`: QEMU's control socket.
-//! - [`migration`], [`startup`]: what is measured.
+//! - [`migration`], [`startup`], [`tracking`]: what is measured.
 //! - [`stats`], `table`, `chart`: what is made of it.
 
 mod chart;
@@ -21,6 +21,7 @@ mod qmp;
 pub mod startup;
 pub mod stats;
 mod table;
+pub mod tracking;
 mod warm;
 
 use std::path::Path;
@@ -32,6 +33,7 @@ pub use contender::{Backing, Contender, Vmm};
 
 use migration::{MigrationRow, Plan};
 use startup::StartupRow;
+use tracking::TrackingRow;
 
 /// What to measure.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +48,8 @@ pub struct Options {
     pub startup: bool,
     /// Whether to measure migrations.
     pub migration: bool,
+    /// Whether to measure what dirty tracking costs.
+    pub tracking: bool,
 }
 
 /// Where it was measured.
@@ -72,6 +76,8 @@ pub struct Results {
     pub startup: Vec<StartupRow>,
     /// Migrations.
     pub migrations: Vec<MigrationRow>,
+    /// What dirty tracking costs.
+    pub tracking: Vec<TrackingRow>,
 }
 
 /// Measures; progress goes to standard error, files to `dir`.
@@ -86,9 +92,15 @@ pub fn run(options: Options, dir: &Path) -> Result<Results> {
     } else {
         Vec::new()
     };
+    let runs = options.runs.unwrap_or(if options.quick { 1 } else { 3 });
     let migrations = if options.migration {
-        let runs = options.runs.unwrap_or(if options.quick { 1 } else { 3 });
         migration::measure(dir, &Plan::new(options.quick, runs, options.memory_mib))?
+    } else {
+        Vec::new()
+    };
+    let tracking = if options.tracking {
+        // Four times that of the other migrations: 4 GiB, unless something else is asked for.
+        tracking::measure(dir, runs, options.memory_mib.saturating_mul(4))
     } else {
         Vec::new()
     };
@@ -102,6 +114,7 @@ pub fn run(options: Options, dir: &Path) -> Result<Results> {
         },
         startup,
         migrations,
+        tracking,
     })
 }
 

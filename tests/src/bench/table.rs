@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::migration::{MigrationRow, ratio};
 use super::stats::{Summary, figure};
+use super::tracking::TrackingRow;
 use super::{Results, Vmm};
 
 /// Everything.
@@ -19,6 +20,7 @@ pub(super) fn render(results: &Results) -> String {
     );
     startup(&mut out, results);
     migrations(&mut out, &results.migrations);
+    tracking(&mut out, &results.tracking);
     out
 }
 
@@ -94,6 +96,41 @@ fn migrations(out: &mut String, rows: &[MigrationRow]) {
         );
         for failure in &row.failures {
             let _ = writeln!(out, "{:16} failed: {failure}", "");
+        }
+    }
+}
+
+fn tracking(out: &mut String, rows: &[TrackingRow]) {
+    let mut rate = None;
+    for row in rows {
+        if rate != Some(row.rate) {
+            rate = Some(row.rate);
+            let _ = writeln!(
+                out,
+                "\ndirty tracking, guest of {} MiB writes {} MiB/s\n\
+                 {:20} {:>22} {:>20} {:>16} {:>28} {:>6}",
+                row.memory_mib,
+                row.rate,
+                "dirty_log",
+                "total ms",
+                "tracking ms",
+                "% of total",
+                "guest's speed meanwhile, %",
+                "wrong"
+            );
+        }
+        let wrong: u64 = row.samples.iter().map(|sample| sample.corrupt).sum();
+        let _ = writeln!(
+            out,
+            "{:20} {:>22} {:>20} {:>16} {:>28} {wrong:>6}",
+            row.dirty_log,
+            show(row.summary(|sample| sample.total_ms)),
+            show(row.summary(|sample| sample.tracking_ms)),
+            show(row.summary(|sample| sample.tracking_percent)),
+            show(row.summary(|sample| sample.guest_speed_percent)),
+        );
+        for failure in &row.failures {
+            let _ = writeln!(out, "{:20} failed: {failure}", "");
         }
     }
 }
