@@ -89,14 +89,19 @@ impl Geometry {
         (first < end).then(|| (first, end - 1))
     }
 
-    /// The addresses of the pages `first..=last`, clipped at the bitmap's end.
+    /// The addresses of the pages `first..end`, clipped at the bitmap's end; `None` if they lie
+    /// behind it.
     #[inline]
-    pub(crate) fn range_of_pages(&self, first: u64, last: u64) -> Option<IovaRange> {
+    pub(crate) fn range_of_pages(&self, first: u64, end: u64) -> Option<IovaRange> {
+        if first >= self.pages {
+            return None;
+        }
         let start = self.base + (first << self.page.shift());
-        // The page's own end may be beyond the bitmap's, but not beyond 2^64, as the base is
-        // aligned and the page's start is within.
-        let end = self.base + (last << self.page.shift()) + (self.page.bytes() - 1);
-        IovaRange::from_ends(Iova(start), Iova(end.min(self.last)))
+        // The end of the last page may be 2^64, which wraps to 0: the byte before it is right.
+        let end = self
+            .base
+            .wrapping_add(end.min(self.pages) << self.page.shift());
+        IovaRange::from_ends(Iova(start), Iova(end.wrapping_sub(1).min(self.last)))
     }
 
     /// Pages of a window of about `bytes`: whole words, at least one.
@@ -225,9 +230,12 @@ impl IovaBitmap {
     pub fn set_each(&mut self, addresses: &[Iova]) {
         let geometry = self.geometry;
         let words = self.words_mut();
+        let span = geometry.last - geometry.base;
         let mut set = |address: &Iova| {
-            if geometry.contains(address.0) {
-                let page = geometry.page_of(address.0);
+            // Below the base it wraps, and is beyond any span.
+            let offset = address.0.wrapping_sub(geometry.base);
+            if offset <= span {
+                let page = offset >> geometry.page.shift();
                 if let Some(word) = words.get_mut(bits::word_index(page)) {
                     *word |= 1 << (page % bits::WORD_BITS);
                 }
@@ -435,7 +443,7 @@ impl IovaBitmap {
         let from = geometry.page_of(from.0.max(geometry.base));
         let max_pages = (max_bytes >> geometry.page.shift()).max(1);
         let (first, end) = self.run_of_pages(from, max_pages)?;
-        geometry.range_of_pages(first, end - 1)
+        geometry.range_of_pages(first, end)
     }
 
     /// The same set of addresses by pages of another size: where those are larger, a page is set of

@@ -40,7 +40,6 @@ impl Scanner {
 
     /// Looks at more words, if there are some.
     fn refill(&mut self, words: &[u64]) -> bool {
-        self.edges.clear();
         let rest = words.get(self.next..).unwrap_or_default();
         if rest.is_empty() {
             return false;
@@ -58,18 +57,22 @@ impl Scanner {
         true
     }
 
-    /// The next run of set bits below `limit`, first and end (exclusive).
+    /// The next run of set pages, if it is found already.
     #[inline]
-    fn run(&mut self, words: &[u64], limit: u64) -> Option<(u64, u64)> {
-        if let Some((first, end)) = self.edges.pop_run()
-            && first < limit
-        {
-            return Some((first, end.min(limit)));
-        }
-        let first = self.edge(words).filter(|first| *first < limit)?;
-        // A run that no edge ends goes on to the end.
-        let end = self.edge(words).unwrap_or(limit);
-        Some((first, end.min(limit)))
+    fn found(&mut self, geometry: &Geometry) -> Option<IovaRange> {
+        let (first, end) = self.edges.pop_run()?;
+        geometry.range_of_pages(first, end)
+    }
+
+    /// The next run of set pages; `words` are those of the first call.
+    #[inline]
+    fn run(&mut self, words: &[u64], geometry: &Geometry) -> Option<IovaRange> {
+        self.found(geometry).or_else(|| {
+            let first = self.edge(words)?;
+            // A run that no edge ends goes on to the end.
+            let end = self.edge(words).unwrap_or(geometry.pages);
+            geometry.range_of_pages(first, end)
+        })
     }
 }
 
@@ -96,29 +99,20 @@ impl Iterator for Runs<'_> {
 
     #[inline]
     fn next(&mut self) -> Option<IovaRange> {
-        let (first, end) = self.scanner.run(self.words, self.geometry.pages)?;
-        self.geometry.range_of_pages(first, end - 1)
+        self.scanner.run(self.words, &self.geometry)
     }
 
-    /// As by [`next`](Self::next), but all runs that are found at once in one loop.
+    /// As by [`next`](Self::next), but the runs that are found at once are given in one loop.
     #[inline]
     fn fold<T, F: FnMut(T, IovaRange) -> T>(mut self, start: T, mut add: F) -> T {
-        let limit = self.geometry.pages;
         let mut sum = start;
-        loop {
-            for [first, end] in self.scanner.edges.pop_runs() {
-                if *first < limit
-                    && let Some(run) = self.geometry.range_of_pages(*first, end.min(&limit) - 1)
-                {
-                    sum = add(sum, run);
-                }
-            }
-            // One that goes on in the words to come, and to look at those.
-            match self.next() {
-                Some(run) => sum = add(sum, run),
-                None => return sum,
+        while let Some(run) = self.next() {
+            sum = add(sum, run);
+            while let Some(run) = self.scanner.found(&self.geometry) {
+                sum = add(sum, run);
             }
         }
+        sum
     }
 }
 
@@ -167,13 +161,24 @@ impl Iterator for Drain<'_> {
 
     #[inline]
     fn next(&mut self) -> Option<IovaRange> {
-        let run = self.scanner.run(self.words, self.geometry.pages);
+        let run = self.scanner.run(self.words, &self.geometry);
         // Only a refill looks at words, and it happens once for many runs.
         if self.cleared != self.scanner.next {
             self.clear_looked_at();
         }
-        let (first, end) = run?;
-        self.geometry.range_of_pages(first, end - 1)
+        run
+    }
+    /// As by [`next`](Self::next), but the runs that are found at once are given in one loop.
+    #[inline]
+    fn fold<T, F: FnMut(T, IovaRange) -> T>(mut self, start: T, mut add: F) -> T {
+        let mut sum = start;
+        while let Some(run) = self.next() {
+            sum = add(sum, run);
+            while let Some(run) = self.scanner.found(&self.geometry) {
+                sum = add(sum, run);
+            }
+        }
+        sum
     }
 }
 

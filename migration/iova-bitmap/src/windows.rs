@@ -45,8 +45,7 @@ impl<'a> Iterator for Windows<'a> {
         let len = self.words.min(rest.len());
         let (words, rest) = rest.split_at_mut_checked(len)?;
         let end = (self.next_page + bits::bit_len(words)).min(self.geometry.pages);
-        let last = end.checked_sub(1).filter(|last| *last >= self.next_page)?;
-        let range = self.geometry.range_of_pages(self.next_page, last)?;
+        let range = self.geometry.range_of_pages(self.next_page, end)?;
         self.rest = rest;
         self.next_page = end;
         Some(Window { range, words })

@@ -3,32 +3,64 @@
 
 /// Words tested at once for all being the same: 256 bytes, four of the widest registers.
 const STRIDE: usize = 32;
+/// Bits of that many words.
+const STRIDE_BITS: u32 = 32 * u64::BITS;
+
+/// Where the set bits of each byte are, in rising order; what follows them means nothing. As wide as
+/// the places they are added to, so that eight are added at once.
+static PLACES: [[u32; 8]; 256] = places();
+
+const fn places() -> [[u32; 8]; 256] {
+    let mut table = [[0; 8]; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        let (mut bit, mut found) = (0, 0);
+        while bit < 8 {
+            if byte >> bit & 1 != 0 {
+                table[byte][found] = bit;
+                found += 1;
+            }
+            bit += 1;
+        }
+        byte += 1;
+    }
+    table
+}
 
 /// Where bits change, in rising order: a run's first bit, the bit behind its last, the next run's
 /// first bit, and so on. Runs over word boundaries are one.
 #[derive(Clone)]
 pub(crate) struct Edges {
-    at: [u64; Self::CAPACITY],
+    /// The bit that the edges are counted from.
+    base: u64,
+    at: [u32; Self::CAPACITY + Self::SLACK],
     head: usize,
     len: usize,
 }
 
 impl Edges {
-    /// A word has up to 64 edges, so this takes the densest bits of three words.
-    const CAPACITY: usize = 192;
+    /// Edges it can hold, a power of two. A word has up to 64, so this takes the densest bits of
+    /// four words, or some twenty words of bits of which each tenth is set at random.
+    const CAPACITY: usize = 256;
+    /// Those of a byte are written eight at a time, the last of which may mean nothing.
+    const SLACK: usize = 8;
     /// The most edges of one word.
     const ROOM: usize = 64;
+    /// Words looked at at a time, so that an edge fits a `u32`.
+    const WORDS: usize = 1 << 25;
 
     pub(crate) const fn new() -> Self {
         Self {
-            at: [0; Self::CAPACITY],
+            base: 0,
+            at: [0; Self::CAPACITY + Self::SLACK],
             head: 0,
             len: 0,
         }
     }
 
-    pub(crate) fn clear(&mut self) {
-        (self.head, self.len) = (0, 0);
+    /// Forgets what it has; edges are counted from `base` on from now on.
+    fn restart(&mut self, base: u64) {
+        (self.base, self.head, self.len) = (base, 0, 0);
     }
 
     /// The next two edges, taken: a run's first bit and the bit behind it.
@@ -37,36 +69,42 @@ impl Edges {
         match self.at.get(self.head..self.len) {
             Some([first, end, ..]) => {
                 self.head += 2;
-                Some((*first, *end))
+                let base = self.base;
+                Some((base + u64::from(*first), base + u64::from(*end)))
             }
             _ => None,
         }
     }
 
-    /// All runs that are in it whole, taken.
-    #[inline]
-    pub(crate) fn pop_runs(&mut self) -> &[[u64; 2]] {
-        let (runs, _) = self
-            .at
-            .get(self.head..self.len)
-            .unwrap_or_default()
-            .as_chunks();
-        self.head += 2 * runs.len();
-        runs
-    }
-
     /// The next edge, taken.
     pub(crate) fn pop(&mut self) -> Option<u64> {
-        if self.head >= self.len {
-            return None;
-        }
-        let edge = self.at.get(self.head).copied();
+        let edge = *self.at.get(self.head..self.len)?.first()?;
         self.head += 1;
-        edge
+        Some(self.base + u64::from(edge))
     }
 
     pub(crate) fn has_more(&self) -> bool {
         self.head < self.len
+    }
+
+    /// Appends those of `changes`, whose bit 0 is bit `start` after the base; there is room.
+    ///
+    /// A byte at a time, by a table: neither a branch nor a chain of operations depends on how many
+    /// there are, which cannot be predicted.
+    #[inline(always)]
+    fn push(&mut self, len: usize, start: u32, changes: u64) -> usize {
+        let mut len = len;
+        let mut start = start;
+        for byte in changes.to_le_bytes() {
+            // The mask changes nothing, as there is room: it spares a test for it.
+            let slot = &mut self.at[len & (Self::CAPACITY - 1)..][..Self::SLACK];
+            for (edge, place) in slot.iter_mut().zip(PLACES[usize::from(byte)]) {
+                *edge = start + place;
+            }
+            len += byte.count_ones() as usize;
+            start += u8::BITS;
+        }
+        len
     }
 }
 
@@ -156,9 +194,10 @@ pub(crate) fn or_shifted(target: &mut [u64], source: &[u64], up: u32, carry: u64
 
 #[inline(always)]
 pub(crate) fn edges(words: &[u64], base: u64, before: bool, edges: &mut Edges) -> usize {
+    edges.restart(base);
+    let words = words.get(..Edges::WORDS).unwrap_or(words);
     let mut before = u64::from(before);
-    let mut start = base;
-    let mut len = edges.len;
+    let (mut len, mut start) = (0, 0);
     let mut looked_at = 0;
     while let Some(word) = words.get(looked_at) {
         if len + Edges::ROOM > Edges::CAPACITY {
@@ -170,26 +209,18 @@ pub(crate) fn edges(words: &[u64], base: u64, before: bool, edges: &mut Edges) -
         {
             let idle = 0u64.wrapping_sub(before);
             if chunk.iter().fold(0, |all, word| all | (word ^ idle)) == 0 {
-                start = start.wrapping_add(64 * STRIDE as u64);
+                start += STRIDE_BITS;
                 looked_at += STRIDE;
                 continue;
             }
         }
         // A bit here is set where the word's differs from the one before it.
-        let mut changes = word ^ (word << 1 | before);
+        let changes = word ^ (word << 1 | before);
         before = word >> 63;
-        let found = changes.count_ones() as usize;
-        let room = &mut edges.at[len..len + Edges::ROOM];
-        // Eight at a time and some too many: the number of edges in a word cannot be predicted, the
-        // number of eights nearly always.
-        for batch in room.chunks_exact_mut(8).take(found.div_ceil(8)) {
-            for edge in batch {
-                *edge = start + u64::from(changes.trailing_zeros());
-                changes &= changes.wrapping_sub(1);
-            }
+        if changes != 0 {
+            len = edges.push(len, start, changes);
         }
-        len += found;
-        start = start.wrapping_add(64);
+        start += u64::BITS;
         looked_at += 1;
     }
     edges.len = len;
