@@ -55,6 +55,13 @@ impl IovaRange {
         Some(Self { first, last })
     }
 
+    /// As [`from_ends`](Self::from_ends), for a `last` known not to be before `first`.
+    #[inline]
+    pub(crate) const fn from_ordered(first: Iova, last: Iova) -> Self {
+        debug_assert!(first.0 <= last.0);
+        Self { first, last }
+    }
+
     /// The addresses in both ranges; `None` if there are none.
     pub fn intersection(self, other: Self) -> Option<Self> {
         Self::from_ends(self.first.max(other.first), self.last.min(other.last))

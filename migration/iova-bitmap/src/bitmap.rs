@@ -104,6 +104,17 @@ impl Geometry {
         IovaRange::from_ends(Iova(start), Iova(end.wrapping_sub(1).min(self.last)))
     }
 
+    /// The addresses of pages `first..end` after page `from`, all of them before the last page.
+    #[inline]
+    pub(crate) fn places_from(&self, from: u64) -> impl Fn(u64, u64) -> IovaRange {
+        let shift = self.page.shift();
+        let base = self.base + (from << shift);
+        move |first, end| {
+            let (first, end) = (base + (first << shift), base + (end << shift));
+            IovaRange::from_ordered(Iova(first), Iova(end - 1))
+        }
+    }
+
     /// Pages of a window of about `bytes`: whole words, at least one.
     pub(crate) fn window_pages(&self, bytes: u64) -> u64 {
         let words = (bytes >> self.page.shift()) / bits::WORD_BITS;

@@ -64,6 +64,22 @@ impl Scanner {
         geometry.range_of_pages(first, end)
     }
 
+    /// Gives `add` the runs that are found already. Those near the bitmap's end are left to
+    /// [`run`](Self::run), so that none here need be clipped.
+    #[inline]
+    fn fold_found<T>(
+        &mut self,
+        geometry: &Geometry,
+        start: T,
+        mut add: impl FnMut(T, IovaRange) -> T,
+    ) -> T {
+        let Some(runs) = self.edges.pop_runs(geometry.pages) else {
+            return start;
+        };
+        let place = geometry.places_from(runs.base);
+        runs.fold(start, |sum, (first, end)| add(sum, place(first, end)))
+    }
+
     /// The next run of set pages; `words` are those of the first call.
     #[inline]
     fn run(&mut self, words: &[u64], geometry: &Geometry) -> Option<IovaRange> {
@@ -108,9 +124,7 @@ impl Iterator for Runs<'_> {
         let mut sum = start;
         while let Some(run) = self.next() {
             sum = add(sum, run);
-            while let Some(run) = self.scanner.found(&self.geometry) {
-                sum = add(sum, run);
-            }
+            sum = self.scanner.fold_found(&self.geometry, sum, &mut add);
         }
         sum
     }
@@ -174,9 +188,7 @@ impl Iterator for Drain<'_> {
         let mut sum = start;
         while let Some(run) = self.next() {
             sum = add(sum, run);
-            while let Some(run) = self.scanner.found(&self.geometry) {
-                sum = add(sum, run);
-            }
+            sum = self.scanner.fold_found(&self.geometry, sum, &mut add);
         }
         sum
     }

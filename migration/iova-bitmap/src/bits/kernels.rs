@@ -40,8 +40,9 @@ pub(crate) struct Edges {
 
 impl Edges {
     /// Edges it can hold, a power of two. A word has up to 64, so this takes the densest bits of
-    /// four words, or some twenty words of bits of which each tenth is set at random.
-    const CAPACITY: usize = 256;
+    /// sixteen words, or some ninety words of bits of which each tenth is set at random: enough that
+    /// what a batch costs besides does not show.
+    const CAPACITY: usize = 1024;
     /// Those of a byte are written eight at a time, the last of which may mean nothing.
     const SLACK: usize = 8;
     /// The most edges of one word.
@@ -76,6 +77,19 @@ impl Edges {
         }
     }
 
+    /// All runs that are in it whole, each taken when it is given, if they end before `limit`.
+    #[inline]
+    pub(crate) fn pop_runs(&mut self, limit: u64) -> Option<PopRuns<'_>> {
+        let (runs, _) = self.at.get(self.head..self.len)?.as_chunks();
+        let [_, end] = runs.last()?;
+        (self.base + u64::from(*end) < limit).then_some(PopRuns {
+            base: self.base,
+            runs: runs.iter(),
+            taken: self.head,
+            head: &mut self.head,
+        })
+    }
+
     /// The next edge, taken.
     pub(crate) fn pop(&mut self) -> Option<u64> {
         let edge = *self.at.get(self.head..self.len)?.first()?;
@@ -105,6 +119,30 @@ impl Edges {
             start += u8::BITS;
         }
         len
+    }
+}
+
+/// Runs of [`Edges`], see [`Edges::pop_runs`].
+pub(crate) struct PopRuns<'a> {
+    /// What the bits of the runs are counted from.
+    pub(crate) base: u64,
+    runs: core::slice::Iter<'a, [u32; 2]>,
+    /// As `head`, which is only written here: reading it again would have each run wait for the one
+    /// before.
+    taken: usize,
+    head: &'a mut usize,
+}
+
+impl Iterator for PopRuns<'_> {
+    /// First bit, and the one behind the last.
+    type Item = (u64, u64);
+
+    #[inline]
+    fn next(&mut self) -> Option<(u64, u64)> {
+        let [first, end] = self.runs.next()?;
+        self.taken += 2;
+        *self.head = self.taken;
+        Some((u64::from(*first), u64::from(*end)))
     }
 }
 
@@ -204,8 +242,8 @@ pub(crate) fn edges(words: &[u64], base: u64, before: bool, edges: &mut Edges) -
             break;
         }
         // Stretches of the same bits, where there is no edge, are passed over.
-        if let Some(chunk) = words.get(looked_at..looked_at + STRIDE)
-            && looked_at.is_multiple_of(STRIDE)
+        if looked_at.is_multiple_of(STRIDE)
+            && let Some(chunk) = words.get(looked_at..looked_at + STRIDE)
         {
             let idle = 0u64.wrapping_sub(before);
             if chunk.iter().fold(0, |all, word| all | (word ^ idle)) == 0 {
