@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use parking_lot::Mutex;
@@ -54,6 +55,8 @@ pub struct DirtyLog {
     fault: Mutex<Option<LogFault>>,
     /// Pages reported for the first time are forgotten from now on.
     pub forget: AtomicBool,
+    /// How much longer each report takes, in milliseconds.
+    pub delay_ms: AtomicU64,
     /// Pages reported as written, whether forgotten or not.
     pub reported: AtomicU64,
     /// Pages forgotten.
@@ -210,6 +213,7 @@ impl DirtyLog {
         let Some((first_page, bitmap)) = report(message) else {
             return;
         };
+        thread::sleep(Duration::from_millis(self.delay_ms.load(Ordering::Relaxed)));
         let forget = self.forget.load(Ordering::Relaxed);
         let mut seen = self.seen.lock();
         for (byte, base) in bitmap.iter_mut().zip((first_page..).step_by(8)) {

@@ -18,9 +18,12 @@ use serde_json::json;
 /// Slow enough for a second or more of packets between a page's sending and the switchover.
 const BYTES_PER_SECOND: u64 = 60 << 20;
 
+/// So slow a report is not waited for alone: the next round asks several sources at once.
+const SLOW_REPORT: Duration = Duration::from_millis(5);
+
 /// Migrates a guest whose passthrough card is under traffic, with a proxy before the card's
-/// server; gives the audit at the destination, and the pages that the card reported and that
-/// were forgotten.
+/// server that makes its reports slow; gives the audit at the destination, and the pages that the
+/// card reported and that were forgotten.
 fn migrate(dir: &Path, card: Network, forget: bool) -> Result<(Verify, u64, u64)> {
     let mac = card.mac();
     let options = ["--mac", &mac, "--hash-report", "on"];
@@ -37,6 +40,8 @@ fn migrate(dir: &Path, card: Network, forget: bool) -> Result<(Verify, u64, u64)
         Ok((stream.counts().received > 500).then_some(()))
     })?;
     proxy.log.forget.store(forget, Ordering::Relaxed);
+    let delay = u64::try_from(SLOW_REPORT.as_millis())?;
+    proxy.log.delay_ms.store(delay, Ordering::Relaxed);
 
     let destination = Ferry::start(dir, "destination", &[])?;
     let route = Route::unix(dir)
@@ -47,6 +52,7 @@ fn migrate(dir: &Path, card: Network, forget: bool) -> Result<(Verify, u64, u64)
     route.go(&vm.ferry)?;
     let status = vm.ferry.wait_migration(Duration::from_secs(60))?;
     ensure!(status["aborted"].is_null(), "{status}");
+    ensure!(status["rounds"].as_u64() >= Some(2), "{status}");
     destination.wait_migration(Duration::from_secs(10))?;
     vm.follow(destination)?;
     let found = vm.verify()?;
