@@ -14,6 +14,7 @@ pub mod snapshot;
 pub mod source;
 pub mod state;
 mod sync;
+pub mod translate;
 
 pub use ::iova_bitmap::{BitmapError, IovaBitmap};
 pub use addr::{Gpa, Iova, IovaRange, PageSize};
@@ -23,3 +24,4 @@ pub use memory::{GuestMemory, MemoryHandle, RamRegion, WriteLog, mark_written};
 pub use snapshot::{SnapshotSink, SnapshotSource};
 pub use source::{Clearing, DeferredClear, DirtyError, DirtySource, Precision, Reported};
 pub use state::{Pause, PrecopyRead, SaveRestore, StateError, StateSink, StateSize, StateSource};
+pub use translate::{AfterUnmap, IovaLog, IovaMap, MapHandle, Mapping, Translated};

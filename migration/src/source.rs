@@ -99,8 +99,9 @@ pub trait DirtySource: Send {
     /// How exact its reports are.
     fn precision(&self) -> Precision;
 
-    /// Starts tracking writes to `ranges` (guest RAM, sorted, not overlapping; an IOVA equals a
-    /// GPA unless the source translates). A source that was started before starts anew.
+    /// Starts tracking writes to `ranges` (guest RAM by GPA, sorted, not overlapping; what a device
+    /// logs by IOVA is [translated](crate::translate)). A source that was started before starts
+    /// anew.
     ///
     /// # Errors
     /// If the source cannot track all of them.
