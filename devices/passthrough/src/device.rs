@@ -12,7 +12,7 @@ use vfio_user::wire::PCI_CONFIG_REGION;
 use vfio_user::{DeviceState, IoEventFd, MigrationFlags, RegionMapping};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vm_migration::memory::GuestMemory;
-use vm_migration::{Gpa, Pause, RamRegion, StateError};
+use vm_migration::{Gpa, Pause, RamRegion, StateError, Translated};
 
 use crate::backend::{Backend, BackendError};
 use crate::dirty::PassthroughDirty;
@@ -223,10 +223,13 @@ impl Passthrough {
     ///
     /// # Errors
     /// [`StateError::Unsupported`] if the device does not log them.
-    pub fn dirty_source(&self) -> Result<PassthroughDirty, StateError> {
+    pub fn dirty_source(&self) -> Result<Translated<PassthroughDirty>, StateError> {
         let can = self.inner.backend.can_log();
         match can.map_err(|cause| self.inner.failed("asking for its dirty log", cause))? {
-            true => Ok(PassthroughDirty::new(Arc::clone(&self.inner))),
+            true => {
+                let log = PassthroughDirty::new(Arc::clone(&self.inner));
+                Ok(Translated::identity(log))
+            }
             false => Err(StateError::Unsupported {
                 id: self.inner.id.clone(),
                 operation: "logging the pages the device writes",

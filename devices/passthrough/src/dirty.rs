@@ -1,9 +1,13 @@
-//! The device's dirty log as a source for the migration loop.
+//! The device's dirty log, by the addresses that the device uses.
+//!
+//! All of guest memory is mapped for the device where the guest sees it, so its IOVAs are GPAs:
+//! [`Translated::identity`](vm_migration::Translated::identity) makes the log a source for the
+//! migration loop.
 
 use std::sync::Arc;
 
 use vm_migration::{
-    Clearing, DirtyError, DirtySource, Iova, IovaBitmap, IovaRange, PageSize, Precision, Reported,
+    AfterUnmap, DirtyError, Iova, IovaBitmap, IovaLog, IovaRange, PageSize, Precision, Reported,
 };
 
 use crate::device::Inner;
@@ -161,7 +165,7 @@ impl PassthroughDirty {
     }
 }
 
-impl DirtySource for PassthroughDirty {
+impl IovaLog for PassthroughDirty {
     fn id(&self) -> &str {
         &self.inner.id
     }
@@ -172,6 +176,11 @@ impl DirtySource for PassthroughDirty {
 
     fn precision(&self) -> Precision {
         Precision::Exact
+    }
+
+    fn after_unmap(&self) -> AfterUnmap {
+        // Servers keep the log with the mapped region.
+        AfterUnmap::Forgotten
     }
 
     fn start(&mut self, ranges: &[IovaRange]) -> Result<(), DirtyError> {
@@ -224,10 +233,6 @@ impl DirtySource for PassthroughDirty {
             self.log = Log::Lost;
         }
         reported.map(Reported::counted)
-    }
-
-    fn clearing(&mut self) -> Clearing<'_> {
-        Clearing::AtReport
     }
 
     fn stop(&mut self) -> Result<(), DirtyError> {

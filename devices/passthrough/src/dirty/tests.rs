@@ -2,7 +2,7 @@
 
 use vfio_user::MigrationFlags;
 use vm_migration::dirty::{Collect, GuestDirty};
-use vm_migration::{ErrorChain, Gpa, RamRegion};
+use vm_migration::{DirtySource, ErrorChain, Gpa, RamRegion, Translated};
 
 use super::*;
 use crate::fake::{FakeBackend, device};
@@ -14,7 +14,7 @@ fn range((first, len): (u64, u64)) -> IovaRange {
     IovaRange::new(Iova(first), len).unwrap()
 }
 
-fn source(regions: &[(u64, u64)]) -> (Arc<FakeBackend>, PassthroughDirty) {
+fn source(regions: &[(u64, u64)]) -> (Arc<FakeBackend>, Translated<PassthroughDirty>) {
     let backend = FakeBackend::new(Some(MigrationFlags::all()));
     let (nic, _) = device(&backend);
     for (gpa, len) in regions {
