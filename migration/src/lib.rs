@@ -25,3 +25,5 @@ pub use snapshot::{SnapshotSink, SnapshotSource};
 pub use source::{Clearing, DeferredClear, DirtyError, DirtySource, Precision, Reported};
 pub use state::{Pause, PrecopyRead, SaveRestore, StateError, StateSink, StateSize, StateSource};
 pub use translate::{AfterUnmap, IovaLog, IovaMap, MapHandle, Mapping, Translated};
+#[cfg(ferry_shuttle)]
+pub use sync::scheduled::on_fence;

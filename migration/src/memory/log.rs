@@ -1,13 +1,14 @@
 //! The log of what this process writes to guest memory; the why is told in
 //! [`memory`](crate::memory).
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use super::GuestMemory;
 use crate::addr::{Gpa, Iova, IovaRange, PageSize};
+use crate::sync::AtomicU64;
 use iova_bitmap::{BitmapError, IovaBitmap};
 
 /// The page size of a [`WriteLog`].
