@@ -39,6 +39,12 @@
 //! handed out of chunks of 64 MiB: the dirty pages of a chunk are taken out of its window, then such
 //! sources clear just these, and only then is the first of them handed out. So a page is read after
 //! its record is cleared, and a write that this read misses is reported again.
+//!
+//! # How it is tested
+//!
+//! `dirty/model.rs` holds random histories against a naive model, one step after the other. The test
+//! `schedules` (`tests/schedules`) runs writers, collections, the sending of pages and a connection
+//! that breaks side by side, under a scheduler that chooses at random who goes on.
 
 mod chunk;
 mod collect;

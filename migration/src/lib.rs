@@ -24,6 +24,6 @@ pub use memory::{GuestMemory, MemoryHandle, RamRegion, WriteLog, mark_written};
 pub use snapshot::{SnapshotSink, SnapshotSource};
 pub use source::{Clearing, DeferredClear, DirtyError, DirtySource, Precision, Reported};
 pub use state::{Pause, PrecopyRead, SaveRestore, StateError, StateSink, StateSize, StateSource};
-pub use translate::{AfterUnmap, IovaLog, IovaMap, MapHandle, Mapping, Translated};
 #[cfg(ferry_shuttle)]
 pub use sync::scheduled::on_fence;
+pub use translate::{AfterUnmap, IovaLog, IovaMap, MapHandle, Mapping, Translated};
