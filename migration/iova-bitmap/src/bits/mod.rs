@@ -10,6 +10,9 @@ use crate::raw;
 /// Bits in a word.
 pub(crate) const WORD_BITS: u64 = 64;
 
+/// Words looked at one by one before the search for a set or clear bit goes on by wide compares.
+const NEAR: usize = 4;
+
 /// The index of the word that holds `bit`: a quotient by 64, which fits any `usize` of the 64-bit
 /// hosts we run on.
 pub(crate) const fn word_index(bit: u64) -> usize {
@@ -132,6 +135,14 @@ fn next_other(words: &[u64], from: u64, idle: u64) -> Option<u64> {
         return Some(word_start(start) + u64::from(head.trailing_zeros()));
     }
     let rest = words.get(start + 1..)?;
+    // A stretch is mostly either short or very long: only the long are worth the wide compares.
+    let near = rest.iter().take(NEAR);
+    for (index, word) in near.enumerate() {
+        if *word != idle {
+            let bit = u64::from((word ^ idle).trailing_zeros());
+            return Some(word_start(start + 1 + index) + bit);
+        }
+    }
     let index = raw::skip(rest, idle);
     let word = rest.get(index)? ^ idle;
     Some(word_start(start + 1 + index) + u64::from(word.trailing_zeros()))
