@@ -29,9 +29,10 @@
 //! A guest's RAM is a few regions with holes between. They are cut into windows of at most
 //! [`WINDOW_BYTES`], each with a bitmap at the host's page size of what is dirty and one of what is
 //! in flight; both live as long as the migration, so that a round allocates nothing. Sources report
-//! straight into the bitmap of what is dirty, all of them into one window before the next, while it
-//! is in the cache; or several at a time, each into a bitmap of its thread, which is then ORed in
-//! under the window's lock ([`Collect::threads`]).
+//! straight into the bitmap of what is dirty, all of them into one window before the next. It is
+//! brought into the cache first, in order, and counted at the end while it is there. Or several
+//! report at a time, each into a bitmap of its thread, which is then ORed in under the window's lock
+//! ([`Collect::threads`]).
 //!
 //! # Two steps
 //!
@@ -163,7 +164,12 @@ impl GuestDirty {
 
     /// How many pages are in flight.
     pub fn in_flight_pages(&self) -> u64 {
-        self.sum(Window::in_flight_pages)
+        let chunk = self
+            .chunk
+            .window()
+            .and_then(|index| self.windows.get(index));
+        let beside = chunk.map_or(0, |window| self.chunk.in_flight_beside(&window.lock()));
+        beside + self.sum(Window::in_flight_pages)
     }
 
     /// How long this has spent on finding dirty pages since it was made: reports, merging, clearing
@@ -174,11 +180,10 @@ impl GuestDirty {
 
     /// Makes every page dirty: the first round, or nothing is known.
     pub fn mark_all(&mut self) {
-        self.chunk.forget();
+        self.give_back();
         for window in &mut self.windows {
             window.get_mut().mark_all();
         }
-        self.cursor = START;
     }
 
     /// The next pages to send, in rising order and at most `max_bytes` (but at least one page);
@@ -196,10 +201,7 @@ impl GuestDirty {
         sources: &mut [Box<dyn DirtySource>],
     ) -> Result<Option<GpaRun>, DirtyError> {
         loop {
-            if let Some((window, run)) = self.chunk.next_run(max_bytes) {
-                if let Some(window) = self.windows.get_mut(window) {
-                    window.get_mut().send(run);
-                }
+            if let Some(run) = self.chunk.next_run(max_bytes) {
                 // A window's length is a `u64`, so that of a run in it is too.
                 return Ok(run.len().map(|len| GpaRun {
                     gpa: Gpa(run.first().0),
@@ -223,6 +225,7 @@ impl GuestDirty {
     /// Takes the dirty pages of the next chunk that has some out of its window and has them cleared
     /// at the sources; false if no page is dirty.
     fn next_chunk(&mut self, sources: &mut [Box<dyn DirtySource>]) -> Result<bool, DirtyError> {
+        self.empty_chunk();
         let (mut index, mut from) = self.cursor;
         while let Some(window) = self.windows.get_mut(index) {
             if let Some(range) = self.chunk.take_from(index, window.get_mut(), from) {
@@ -243,13 +246,18 @@ impl GuestDirty {
         Ok(false)
     }
 
-    /// What of a chunk was not handed out is dirty as before; a new round begins.
-    fn give_back(&mut self) {
+    /// What of the chunk was handed out is in flight, the rest dirty as before.
+    fn empty_chunk(&mut self) {
         if let Some(index) = self.chunk.window()
             && let Some(window) = self.windows.get_mut(index)
         {
             self.chunk.give_back(window.get_mut());
         }
+    }
+
+    /// A new round begins; what of the chunk was not handed out is in it.
+    fn give_back(&mut self) {
+        self.empty_chunk();
         self.cursor = START;
     }
 
@@ -257,6 +265,7 @@ impl GuestDirty {
     ///
     /// Call it only when all runs since the last `acknowledge` or `put_back` are confirmed.
     pub fn acknowledge(&mut self) {
+        self.chunk.acknowledge();
         for window in &mut self.windows {
             window.get_mut().acknowledge();
         }

@@ -10,12 +10,15 @@ use crate::addr::{Iova, IovaRange, PageSize};
 /// before they are sent, as each write in between sends them once more.
 const CHUNK_BYTES: u64 = 64 << 20;
 
-/// Dirty pages taken out of one window, of which some are still to be handed out.
+/// Dirty pages taken out of one window. What is handed out of it is in flight, as what the window
+/// says is; a word at a time, once all of it is.
 #[derive(Debug)]
 pub(super) struct Chunk {
+    /// All pages taken. Those before `from` have been handed out, unless none is left: then all
+    /// have been.
     pages: IovaBitmap,
-    /// The window they are from, if any are left.
-    window: usize,
+    /// The window they are from; `None` if there are none.
+    window: Option<usize>,
     /// Where the next run is looked for.
     from: Iova,
     /// Pages not yet handed out.
@@ -28,7 +31,7 @@ impl Chunk {
         let bytes = CHUNK_BYTES.max(page.bytes().saturating_mul(64));
         Ok(Self {
             pages: IovaBitmap::new(Iova(0), bytes, page)?,
-            window: 0,
+            window: None,
             from: Iova(0),
             left: 0,
         })
@@ -39,27 +42,30 @@ impl Chunk {
         self.left
     }
 
-    /// The window they are from; `None` if there are none.
+    /// The window the pages are from; `None` if there are none.
     pub(super) fn window(&self) -> Option<usize> {
-        (self.left > 0).then_some(self.window)
+        self.window
     }
 
-    /// The pages not yet handed out.
+    /// All pages taken, handed out or not.
     pub(super) fn pages(&self) -> &IovaBitmap {
         &self.pages
     }
 
-    /// The next pages, at most `max_bytes` but at least one page, and the window they are from.
-    pub(super) fn next_run(&mut self, max_bytes: u64) -> Option<(usize, IovaRange)> {
+    /// The next pages, at most `max_bytes` but at least one page.
+    pub(super) fn next_run(&mut self, max_bytes: u64) -> Option<IovaRange> {
         if self.left == 0 {
             return None;
         }
         let run = self.pages.next_run(self.from, max_bytes)?;
-        let pages = ((run.last().0 - run.first().0) >> self.pages.page_size().shift()) + 1;
-        self.pages.clear_range(run);
-        self.left = self.left.saturating_sub(pages);
+        self.left = self.left.saturating_sub(self.pages_of(run));
         self.from = Iova(run.last().0.saturating_add(1));
-        Some((self.window, run))
+        Some(run)
+    }
+
+    /// How many pages a run has.
+    fn pages_of(&self, run: IovaRange) -> u64 {
+        ((run.last().0 - run.first().0) >> self.pages.page_size().shift()) + 1
     }
 
     /// Moves here the dirty pages of the first chunk of `window` (number `index`) that has some at
@@ -84,21 +90,48 @@ impl Chunk {
         self.pages.retarget(range).ok()?;
         self.left = window.dirty.take_into(&mut self.pages);
         window.dirty_pages = window.dirty_pages.saturating_sub(self.left);
-        self.window = index;
+        self.window = Some(index);
         self.from = range.first();
         Some(range)
     }
 
-    /// Moves what was not handed out back to the window it is from.
+    /// Empties it into the window it is from: what was handed out is in flight, the rest is dirty.
     pub(super) fn give_back(&mut self, window: &mut Window) {
-        self.pages.take_into(&mut window.dirty);
-        self.left = 0;
-        window.recount();
+        if self.left > 0 {
+            while let Some(run) = self.next_run(u64::MAX) {
+                self.pages.clear_range(run);
+                window.dirty.set_range(run);
+            }
+            window.recount();
+        }
+        window.send(&mut self.pages);
+        self.window = None;
     }
 
-    /// Forgets what was not handed out: all is dirty anyway.
-    pub(super) fn forget(&mut self) {
-        self.pages.clear();
-        self.left = 0;
+    /// What was handed out has arrived.
+    pub(super) fn acknowledge(&mut self) {
+        if let Some(range) = self.handed_out() {
+            self.pages.clear_range(range);
+        }
+    }
+
+    /// The pages handed out that `window`, which they are from, does not count as in flight.
+    pub(super) fn in_flight_beside(&self, window: &Window) -> u64 {
+        let Some(range) = self.handed_out() else {
+            return 0;
+        };
+        let runs = self.pages.runs();
+        runs.filter_map(|run| run.intersection(range))
+            .map(|run| self.pages_of(run).saturating_sub(window.in_flight_in(run)))
+            .sum()
+    }
+
+    /// Which part of the chunk has been handed out.
+    fn handed_out(&self) -> Option<IovaRange> {
+        let all = self.pages.range();
+        if self.left == 0 {
+            return Some(all);
+        }
+        IovaRange::new(all.first(), self.from.0.checked_sub(all.first().0)?)
     }
 }

@@ -108,28 +108,30 @@ impl GuestDirty {
         } else {
             self.ask_in_turn(sources)
         };
-        for window in &mut self.windows {
-            window.get_mut().recount();
-        }
         let reports = self.settle(sources, outcomes, how.restarts);
         self.tracking_time = self.tracking_time.saturating_add(began.elapsed());
         reports
     }
 
-    /// All sources for one window before the next.
+    /// All sources for one window before the next; counts what is dirty.
     fn ask_in_turn(&mut self, sources: &mut [Box<dyn DirtySource>]) -> Vec<Outcome> {
         let mut outcomes: Vec<Outcome> = sources.iter().map(|_| Outcome::new()).collect();
         for window in &mut self.windows {
             let window = window.get_mut();
             let range = window.range();
+            if sources.len() > 1 {
+                window.warm();
+            }
             for (source, outcome) in sources.iter_mut().zip(&mut outcomes) {
                 outcome.ask(source.as_mut(), range, &mut window.dirty);
             }
+            // While it is in the cache.
+            window.recount();
         }
         outcomes
     }
 
-    /// Sources are dealt out to `threads` threads, this one among them.
+    /// Sources are dealt out to `threads` threads, this one among them; counts what is dirty.
     fn ask_together(
         &mut self,
         sources: &mut [Box<dyn DirtySource>],
@@ -156,6 +158,9 @@ impl GuestDirty {
                 work(own);
             }
         });
+        for window in &mut self.windows {
+            window.get_mut().recount();
+        }
         outcomes
     }
 
