@@ -76,7 +76,7 @@ fn panel(
         .configure_mesh()
         .x_desc("guest, GiB")
         .x_label_formatter(&|gib| format!("{gib:.0}"))
-        .light_line_style(WHITE)
+        .max_light_lines(0)
         .draw()?;
     for rows in rows.chunk_by(|a, b| a.fill == b.fill) {
         let Some(fill) = rows.first().map(|row| row.fill) else {

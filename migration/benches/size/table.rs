@@ -21,16 +21,16 @@ pub(crate) fn render(machine: &Machine, results: &Results) -> String {
     let _ = writeln!(
         out,
         "\n{DEVICES} devices, by the guest's size (x: sync of one guest over that of the guest before, \
-         / sizes: the same of\nthe sizes)\n{:22} {} {:>10} {:>13} {:>12}",
+         / sizes: the same of\nthe sizes)\n{:28} {} {:>11} {:>13} {:>12}",
         "dirty", HEAD, "bitmaps MiB", "sync us/GiB", "x / sizes"
     );
     let mut before: Option<&Row> = None;
     for row in &results.by_size {
         let before = before.replace(row).filter(|before| before.fill == row.fill);
-        let label = format!("{:14}{:>5} GiB", row.fill.name(), row.gib);
+        let label = format!("{:17}{:>7} GiB", row.fill.name(), row.gib);
         let _ = writeln!(
             out,
-            "{label:22} {} {:>10.2} {:>13.2} {:>12}",
+            "{label:28} {} {:>11.2} {:>13.2} {:>12}",
             figures(row),
             mib(row.bitmap_bytes),
             row.sync_ms.median * 1000.0 / float(row.gib),
@@ -41,7 +41,7 @@ pub(crate) fn render(machine: &Machine, results: &Results) -> String {
         &mut out,
         "by the number of devices",
         &results.by_devices,
-        |row| format!("{:15}{:>4} dev.", row.fill.name(), row.sources),
+        |row| format!("{:17}{:>6} dev.", row.fill.name(), row.sources),
     );
     part(
         &mut out,
@@ -64,7 +64,7 @@ pub(crate) fn render(machine: &Machine, results: &Results) -> String {
 }
 
 const HEAD: &str =
-    "     sync              reports own               walk              ns/run    ack";
+    "                   sync   reports       own                    walk  ns/run       ack";
 
 fn part(out: &mut String, title: &str, rows: &[Row], label: impl Fn(&Row) -> String) {
     let gib = rows.first().map_or(0, |row| row.gib);
