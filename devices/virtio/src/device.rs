@@ -117,6 +117,11 @@ pub enum DeviceError {
 pub trait DeviceInterrupt: Send + Sync {
     /// Buffers of queue `index` were used.
     fn queue_used(&self, index: u16);
+    /// The eventfd that signals queue `index`'s vector, for another process that raises interrupts
+    /// by itself. `None` if there is none now (no vector, or MSI-X is off): then only
+    /// [`queue_used`](Self::queue_used) reaches the driver. When the driver changes the vector,
+    /// the transport deactivates the device and activates it again.
+    fn queue_event(&self, index: u16) -> Option<EventFd>;
     /// Fields of the device's configuration changed.
     fn config_changed(&self);
     /// The driver broke the protocol, or the host fails the device: it has stopped, and asks for

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use devices::MsiLine;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::DeviceInterrupt;
 
@@ -22,12 +23,21 @@ const ISR_CONFIG: u8 = 2;
 pub(super) struct Interrupts {
     id: String,
     lines: Vec<Arc<dyn MsiLine>>,
-    queue_vectors: Vec<AtomicU16>,
+    queues: Vec<QueueVector>,
     config_vector: AtomicU16,
     msix_enabled: AtomicBool,
     isr: AtomicU8,
     generation: AtomicU8,
     needs_reset: AtomicBool,
+    /// Somebody has the eventfd of a vector that is not the queue's any more.
+    stale: AtomicBool,
+}
+
+/// A queue's vector.
+struct QueueVector {
+    vector: AtomicU16,
+    /// Somebody else has its eventfd.
+    lent: AtomicBool,
 }
 
 impl Interrupts {
@@ -35,27 +45,36 @@ impl Interrupts {
         Self {
             id,
             lines,
-            queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+            queues: (0..queues)
+                .map(|_| QueueVector {
+                    vector: AtomicU16::new(NO_VECTOR),
+                    lent: AtomicBool::new(false),
+                })
+                .collect(),
             config_vector: AtomicU16::new(NO_VECTOR),
             msix_enabled: AtomicBool::new(false),
             isr: AtomicU8::new(0),
             generation: AtomicU8::new(0),
             needs_reset: AtomicBool::new(false),
+            stale: AtomicBool::new(false),
         }
     }
 
     /// The vector of queue `index`.
     pub(super) fn queue_vector(&self, index: u16) -> u16 {
-        self.queue_vectors
+        self.queues
             .get(usize::from(index))
-            .map_or(NO_VECTOR, |v| v.load(Ordering::Relaxed))
+            .map_or(NO_VECTOR, |q| q.vector.load(Ordering::Relaxed))
     }
 
     /// Sets the vector of queue `index`; one that does not exist becomes "none", which is how
     /// the driver learns of it (section 4.1.5.1.2.1).
     pub(super) fn set_queue_vector(&self, index: u16, vector: u16) {
-        if let Some(v) = self.queue_vectors.get(usize::from(index)) {
-            v.store(self.existing(vector), Ordering::Relaxed);
+        if let Some(queue) = self.queues.get(usize::from(index)) {
+            let vector = self.existing(vector);
+            if queue.vector.swap(vector, Ordering::Relaxed) != vector {
+                self.take_back(queue);
+            }
         }
     }
 
@@ -69,7 +88,20 @@ impl Interrupts {
     }
 
     pub(super) fn set_msix_enabled(&self, enabled: bool) {
-        self.msix_enabled.store(enabled, Ordering::Relaxed);
+        if self.msix_enabled.swap(enabled, Ordering::Relaxed) != enabled {
+            self.queues.iter().for_each(|queue| self.take_back(queue));
+        }
+    }
+
+    fn take_back(&self, queue: &QueueVector) {
+        if queue.lent.swap(false, Ordering::Relaxed) {
+            self.stale.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether somebody signals wrong vectors since this was last asked, and must get new ones.
+    pub(super) fn take_stale(&self) -> bool {
+        self.stale.swap(false, Ordering::Relaxed)
     }
 
     /// Reads and clears the interrupt status.
@@ -87,9 +119,11 @@ impl Interrupts {
 
     /// What a virtio reset clears: vectors, interrupt status and the reset request.
     pub(super) fn reset(&self) {
-        for vector in &self.queue_vectors {
-            vector.store(NO_VECTOR, Ordering::Relaxed);
+        for queue in &self.queues {
+            queue.vector.store(NO_VECTOR, Ordering::Relaxed);
+            queue.lent.store(false, Ordering::Relaxed);
         }
+        self.stale.store(false, Ordering::Relaxed);
         self.config_vector.store(NO_VECTOR, Ordering::Relaxed);
         self.isr.store(0, Ordering::Relaxed);
         self.needs_reset.store(false, Ordering::Relaxed);
@@ -139,6 +173,20 @@ impl Interrupts {
 impl DeviceInterrupt for Interrupts {
     fn queue_used(&self, index: u16) {
         self.signal(self.queue_vector(index), ISR_QUEUE);
+    }
+
+    fn queue_event(&self, index: u16) -> Option<EventFd> {
+        if !self.msix_enabled.load(Ordering::Relaxed) {
+            return None;
+        }
+        let queue = self.queues.get(usize::from(index))?;
+        let vector = queue.vector.load(Ordering::Relaxed);
+        let line = self.lines.get(usize::from(vector))?;
+        let event = line.eventfd().try_clone().inspect_err(|error| {
+            tracing::warn!(device = self.id, %error, "interrupts go a longer way: no descriptor");
+        });
+        queue.lent.store(event.is_ok(), Ordering::Relaxed);
+        event.ok()
     }
 
     fn config_changed(&self) {

@@ -322,7 +322,20 @@ impl VirtioPciDevice {
         if let Some(control) = self.config.msix_control() {
             self.msix.set_control(control);
             self.interrupts.set_msix_enabled(self.msix.is_enabled());
+            self.follow_vectors();
         }
+    }
+
+    /// Starts a device anew that signals vectors which the driver has changed.
+    fn follow_vectors(&mut self) {
+        if !self.interrupts.take_stale() || self.run != Run::Serving {
+            return;
+        }
+        if let Err(error) = self.stop() {
+            tracing::error!(device = self.id, %error, "device did not stop cleanly");
+        }
+        self.start();
+        self.wake_all();
     }
 
     fn apply(&mut self, effect: Effect) {
@@ -420,6 +433,7 @@ impl PciDevice for VirtioPciDevice {
                     .registers
                     .write(self.device.as_ref(), &self.interrupts, at, data);
                 self.apply(effect);
+                self.follow_vectors();
             }
             Place::Device(at) => {
                 let at = u16::try_from(at).unwrap_or(u16::MAX);
