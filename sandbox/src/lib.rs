@@ -159,6 +159,7 @@ fn name(kind: ThreadKind) -> &'static str {
         ThreadKind::MigrationReceive => "migration-receive",
         ThreadKind::VirtioNet => "virtio-net",
         ThreadKind::VirtioNetControl => "virtio-net-control",
+        ThreadKind::VhostUser => "vhost-user",
         ThreadKind::VirtioConsole => "virtio-console",
         ThreadKind::VirtioRng => "virtio-rng",
         ThreadKind::Serial => "serial",

@@ -73,8 +73,9 @@ const THREADS: &[&str] = &[
 /// Waiting for the queues of a virtio device.
 const QUEUES: &[&str] = &["epoll_create1", "epoll_ctl", "epoll_pwait"];
 
-/// A vfio-user connection. Of the threads that wait for an answer any may be the one that reads.
-const VFIO_USER: &[&str] = &["recvmsg", "sendmsg", "shutdown"];
+/// A vfio-user connection, of which any thread that waits for an answer may be the one that reads,
+/// or a vhost-user connection.
+const DEVICE_SOCKETS: &[&str] = &["recvmsg", "sendmsg", "shutdown"];
 
 /// Sending and taking a migration's stream.
 const STREAM: &[&str] = &["recvfrom", "sendto", "shutdown"];
@@ -221,6 +222,7 @@ const TAP_CONTROL: &[Ioctl] = &[
 const DEVICE_THREADS: &[ThreadKind] = &[
     ThreadKind::VirtioNet,
     ThreadKind::VirtioNetControl,
+    ThreadKind::VhostUser,
     ThreadKind::VirtioConsole,
     ThreadKind::VirtioRng,
 ];
@@ -252,7 +254,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 MEMORY,
                 LISTEN,
                 RESOLVE,
-                VFIO_USER,
+                DEVICE_SOCKETS,
                 DIRTY_RINGS, // of a guest that is taken back after its migration
                 &["lseek"],  // in a kernel's file
             ],
@@ -272,7 +274,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         // routes, a driver's DRIVER_OK starts a device's threads, a vfio-user access is a message,
         // and serial output may go to a socket.
         ThreadKind::Vcpu => Profile {
-            calls: &[RUNTIME, THREADS, VFIO_USER, DIRTY_RINGS, &["sendto"]],
+            calls: &[RUNTIME, THREADS, DEVICE_SOCKETS, DIRTY_RINGS, &["sendto"]],
             ioctls: &[RUN, ROUTES, TAP_START, TAP_CONTROL],
             resolves: false,
             starts: DEVICE_THREADS,
@@ -295,7 +297,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 RESOLVE,
                 CONNECT,
                 STREAM,
-                VFIO_USER,
+                DEVICE_SOCKETS,
                 DIRTY_RINGS,
             ],
             ioctls: &[SAVE, ROUTES, TAP_START, TAP_CONTROL, &[FIONBIO, FIONREAD]],
@@ -310,7 +312,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 OPEN_DEVICES,
                 MEMORY,
                 STREAM,
-                VFIO_USER,
+                DEVICE_SOCKETS,
                 &["accept4"],
             ],
             ioctls: &[KVM, TAP_OPEN, TAP_START, TAP_CONTROL, TERMINALS],
@@ -326,6 +328,13 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         ThreadKind::VirtioNetControl => Profile {
             calls: &[RUNTIME, QUEUES],
             ioctls: &[TAP_CONTROL],
+            resolves: false,
+            starts: &[],
+        },
+        // Tells the backend what the driver asks on the control queue.
+        ThreadKind::VhostUser => Profile {
+            calls: &[RUNTIME, QUEUES, DEVICE_SOCKETS],
+            ioctls: &[],
             resolves: false,
             starts: &[],
         },
@@ -349,7 +358,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         },
         // Takes what the server asks, and answers.
         ThreadKind::VfioUser => Profile {
-            calls: &[RUNTIME, VFIO_USER],
+            calls: &[RUNTIME, DEVICE_SOCKETS],
             ioctls: &[],
             resolves: false,
             starts: &[],
@@ -357,7 +366,12 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         // The main thread of ferry-nic: serves its client, whose memory it maps, and runs the
         // card's threads.
         ThreadKind::VfioServer => Profile {
-            calls: &[RUNTIME, THREADS, VFIO_USER, &["accept4", "statx", "unlink"]],
+            calls: &[
+                RUNTIME,
+                THREADS,
+                DEVICE_SOCKETS,
+                &["accept4", "statx", "unlink"],
+            ],
             ioctls: &[TAP_START, TAP_CONTROL],
             resolves: false,
             starts: &[

@@ -21,6 +21,8 @@ pub enum ThreadKind {
     VirtioNet,
     /// Serves virtio-net's control queue.
     VirtioNetControl,
+    /// Watches the backend of a vhost-user device, or serves its control queue.
+    VhostUser,
     /// Serves virtio-console.
     VirtioConsole,
     /// Serves virtio-rng.

@@ -9,6 +9,7 @@ use vm_migration::memory::MemoryHandle;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::queue::{Queue, RingError};
+use crate::vhost_user::VhostUserError;
 
 /// Feature bits that belong to the ring and the transport, not to one kind of device
 /// (virtio 1.2, section 6).
@@ -84,6 +85,15 @@ pub enum DeviceError {
         /// What the host said.
         #[source]
         cause: io::Error,
+    },
+    /// The process that serves the device's queues failed or refused.
+    #[error("{device}: its backend cannot serve it")]
+    VhostUser {
+        /// Which device.
+        device: String,
+        /// What happened.
+        #[source]
+        cause: VhostUserError,
     },
     /// A worker thread ended on its own and took its queues with it.
     #[error("{device}: its thread {thread} ended unexpectedly; see the log for the reason")]

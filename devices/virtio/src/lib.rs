@@ -6,7 +6,8 @@
 //!   [`activate`](VirtioDevice::activate) with queues, features and a way to raise interrupts,
 //!   and to give the queues back.
 //! * [`transport`]: [`VirtioPciDevice`], any such device as a PCI function.
-//! * [`net`]: the network card.
+//! * [`net`]: the network card on a tap.
+//! * [`vhost_user`]: the network card whose queues another process serves.
 //! * [`console`]: the console.
 //! * [`rng`]: the entropy device.
 //!
@@ -28,6 +29,7 @@ pub mod queue;
 pub mod rng;
 mod server;
 pub mod transport;
+pub mod vhost_user;
 mod worker;
 
 #[cfg(test)]
@@ -40,3 +42,4 @@ pub use device::{
 pub use net::{Net, NetBackend, NetCounters, NetError, NetOptions, NetTotals};
 pub use rng::{EntropySource, Rng};
 pub use transport::{TransportError, VirtioPciDevice, VirtioPciParts};
+pub use vhost_user::{VhostUserError, VhostUserHandle, VhostUserNet, VhostUserOptions};

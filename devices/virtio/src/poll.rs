@@ -79,7 +79,7 @@ impl Poll {
 }
 
 /// The file of an eventfd, for interfaces that want it with its lifetime.
-fn event_fd(event: &EventFd) -> BorrowedFd<'_> {
+pub(crate) fn event_fd(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the eventfd owns the descriptor and is borrowed for as long as the result lives.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

@@ -38,7 +38,7 @@ pub const MQ: u64 = 1 << uapi::VIRTIO_NET_F_MQ;
 pub const HASH_REPORT: u64 = 1 << uapi::VIRTIO_NET_F_HASH_REPORT;
 
 /// The features that large and unfinished packets need on the host's side.
-pub(super) const OFFLOADS: u64 = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN | GUEST_OFFLOADS;
+pub(crate) const OFFLOADS: u64 = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN | GUEST_OFFLOADS;
 /// The features that say what the driver takes, which are also the bits of
 /// `VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET`.
 pub(super) const GUEST_OFFLOADS: u64 = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN;
@@ -67,7 +67,7 @@ const REQUIREMENTS: [(u64, u64, &str); 11] = [
 ];
 
 /// Whether the features have what they need of each other.
-pub(super) fn check(features: u64) -> Result<(), &'static str> {
+pub(crate) fn check(features: u64) -> Result<(), &'static str> {
     let broken = REQUIREMENTS
         .iter()
         .find(|(feature, needed, _)| features & feature != 0 && features & needed == 0);

@@ -53,7 +53,7 @@ use workers::Workers;
 /// Most queue pairs: with the control queue they still fit the transport's 255 queues.
 pub const MAX_PAIRS: u16 = 127;
 /// Size of the control queue.
-const CTRL_QUEUE_SIZE: u16 = 64;
+pub(crate) const CTRL_QUEUE_SIZE: u16 = 64;
 /// Bytes of the configuration the driver sees: all up to `supported_hash_types`.
 const CONFIG_LEN: u16 = 24;
 

@@ -253,6 +253,31 @@ impl Queue {
         }
     }
 
+    /// Where the queue is and what was negotiated for it.
+    pub(crate) fn setup(&self) -> QueueSetup {
+        self.setup
+    }
+
+    /// The queue as another left it that had worked it off to `position`.
+    pub(crate) fn at(self, position: QueuePosition) -> Self {
+        Self {
+            next_avail: Wrapping(position.next_avail),
+            next_used: Wrapping(position.next_used),
+            avail_seen: Wrapping(position.next_avail),
+            unpublished: 0,
+            judged: None,
+            ..self
+        }
+    }
+
+    /// The used index in memory, for a queue that another serves.
+    ///
+    /// # Errors
+    /// [`RingError::Memory`].
+    pub(crate) fn published(&self, memory: &GuestMemory) -> Result<u16, RingError> {
+        load_u16(memory, self.setup.used + RING_INDEX, Ordering::Acquire)
+    }
+
     /// Takes the next chain into `chain`; `false` if there is none.
     ///
     /// # Errors

@@ -32,6 +32,19 @@ pub(crate) fn memory() -> MemoryHandle {
     MemoryHandle::new(ram)
 }
 
+/// The same in a file that another process can map.
+pub(crate) fn shared_memory() -> MemoryHandle {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(RAM).unwrap();
+    let ram = map_ram(vec![RamMapping {
+        gpa: Gpa(0),
+        len: RAM,
+        backing: Backing::File { file, offset: 0 },
+    }])
+    .unwrap();
+    MemoryHandle::new(ram)
+}
+
 /// The memory as it is now.
 pub(crate) fn snapshot(memory: &MemoryHandle) -> Arc<GuestMemory> {
     memory.memory().into_inner()

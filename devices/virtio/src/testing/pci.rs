@@ -127,6 +127,12 @@ impl Driver {
         self.device.write_config(at + 2, &0x8000_u16.to_le_bytes());
     }
 
+    /// Switches MSI-X off.
+    pub(crate) fn disable_msix(&mut self) {
+        let at = self.msix_capability();
+        self.device.write_config(at + 2, &0_u16.to_le_bytes());
+    }
+
     fn msix_capability(&mut self) -> u16 {
         let mut pointer = [0];
         self.device.read_config(0x34, &mut pointer);
@@ -145,6 +151,13 @@ impl Driver {
     /// The whole way to DRIVER_OK with rings of `sizes` at 1 MiB and on; the configuration has
     /// the vector after the queues'.
     pub(crate) fn bring_up(&mut self, features: u64, sizes: &[u16]) -> Vec<Ring> {
+        let rings = self.bring_up_unserved(features, sizes);
+        assert_eq!(self.status(), 15);
+        rings
+    }
+
+    /// The same for a device that may not serve.
+    pub(crate) fn bring_up_unserved(&mut self, features: u64, sizes: &[u16]) -> Vec<Ring> {
         assert!(self.negotiate(features | feature::VERSION_1));
         let vectors = self.read16(18) + 1;
         self.enable_msix(vectors);
@@ -158,7 +171,6 @@ impl Driver {
             self.set_up_queue(index, layout);
         }
         self.write8(20, 15);
-        assert_eq!(self.status(), 15);
         rings
     }
 
