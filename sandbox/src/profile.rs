@@ -93,7 +93,7 @@ const OPEN_DEVICES: &[&str] = &[
     "unlink",
 ];
 
-/// Making guest memory.
+/// Making guest memory, and memory in which others log what they write to it.
 const MEMORY: &[&str] = &["fallocate", "ftruncate", "memfd_create"];
 
 /// Listening for a migration on a socket for this user alone.
@@ -299,6 +299,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 STREAM,
                 DEVICE_SOCKETS,
                 DIRTY_RINGS,
+                MEMORY,
             ],
             ioctls: &[SAVE, ROUTES, TAP_START, TAP_CONTROL, &[FIONBIO, FIONREAD]],
             resolves: true,

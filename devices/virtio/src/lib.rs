@@ -42,4 +42,6 @@ pub use device::{
 pub use net::{Net, NetBackend, NetCounters, NetError, NetOptions, NetTotals};
 pub use rng::{EntropySource, Rng};
 pub use transport::{TransportError, VirtioPciDevice, VirtioPciParts};
-pub use vhost_user::{VhostUserError, VhostUserHandle, VhostUserNet, VhostUserOptions};
+pub use vhost_user::{
+    VhostUserDirty, VhostUserError, VhostUserHandle, VhostUserNet, VhostUserOptions,
+};

@@ -23,7 +23,9 @@ use rustix::net::{
 };
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-use super::message::{Header, MAX_REGIONS, NEED_REPLY, REPLY, Request, VERSION, VERSION_MASK};
+use super::message::{
+    Header, LOG_REPLY_MAX, LogArea, MAX_REGIONS, NEED_REPLY, REPLY, Request, VERSION, VERSION_MASK,
+};
 
 /// How a request to a backend failed.
 #[derive(Debug, thiserror::Error)]
@@ -184,6 +186,25 @@ impl Connection {
                 return Ok(None);
             }
             this.body(request, header).map(Some)
+        })
+    }
+
+    /// `SET_LOG_BASE`, whose answer may hold anything or nothing.
+    pub(super) fn set_log(
+        &mut self,
+        area: LogArea,
+        file: BorrowedFd<'_>,
+    ) -> Result<(), ExchangeError> {
+        let request = Request::SetLogBase;
+        self.keep(|this| {
+            this.send(request, VERSION, area.as_bytes(), &[file])?;
+            let header = this.header(request)?;
+            let mut answer = [0; LOG_REPLY_MAX];
+            let body = usize::try_from(header.size)
+                .ok()
+                .and_then(|size| answer.get_mut(..size))
+                .ok_or_else(|| bad(request, format!("{} bytes", header.size)))?;
+            this.receive(request, body)
         })
     }
 

@@ -7,11 +7,15 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// `VHOST_USER_F_PROTOCOL_FEATURES`: protocol features can be negotiated, and rings start disabled.
 pub(super) const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+/// `VHOST_F_LOG_ALL` (uapi `linux/vhost.h`): the backend logs the pages that it writes.
+pub(super) const F_LOG_ALL: u64 = 1 << 26;
 
 /// Protocol features (section "Protocol features").
 pub(super) mod protocol {
     /// `VHOST_USER_PROTOCOL_F_MQ`: the backend tells how many queues it has.
     pub(in super::super) const MQ: u64 = 1 << 0;
+    /// `VHOST_USER_PROTOCOL_F_LOG_SHMFD`: the dirty log is memory that the front end gives.
+    pub(in super::super) const LOG_SHMFD: u64 = 1 << 1;
     /// `VHOST_USER_PROTOCOL_F_RARP`: the backend announces a guest that has moved.
     pub(in super::super) const RARP: u64 = 1 << 2;
     /// `VHOST_USER_PROTOCOL_F_REPLY_ACK`: requests without an answer are acknowledged.
@@ -21,7 +25,7 @@ pub(super) mod protocol {
     /// `VHOST_USER_PROTOCOL_F_CONFIG`: the backend has a configuration space.
     pub(in super::super) const CONFIG: u64 = 1 << 9;
     /// What this front end makes use of.
-    pub(in super::super) const KNOWN: u64 = MQ | RARP | REPLY_ACK | MTU | CONFIG;
+    pub(in super::super) const KNOWN: u64 = MQ | LOG_SHMFD | RARP | REPLY_ACK | MTU | CONFIG;
 }
 
 /// Flags of a header: the protocol's version.
@@ -37,6 +41,9 @@ pub(super) const NEED_REPLY: u32 = 1 << 3;
 /// a message.
 pub(super) const MAX_REGIONS: usize = 8;
 
+/// `VHOST_VRING_F_LOG` (uapi `linux/vhost_types.h`): writes of the used ring are logged.
+pub(super) const VRING_F_LOG: u32 = 1;
+
 /// What is asked of a backend (section "Front-end message types").
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
@@ -49,6 +56,8 @@ pub enum Request {
     SetOwner = 3,
     /// Where guest memory is.
     SetMemTable = 5,
+    /// Where it logs the pages that it writes.
+    SetLogBase = 6,
     /// A ring's size.
     SetVringNum = 8,
     /// Where a ring is.
@@ -91,6 +100,7 @@ impl Request {
             Self::SetFeatures => "SET_FEATURES",
             Self::SetOwner => "SET_OWNER",
             Self::SetMemTable => "SET_MEM_TABLE",
+            Self::SetLogBase => "SET_LOG_BASE",
             Self::SetVringNum => "SET_VRING_NUM",
             Self::SetVringAddr => "SET_VRING_ADDR",
             Self::SetVringBase => "SET_VRING_BASE",
@@ -165,6 +175,18 @@ pub(super) struct MemTable {
     pub(super) regions: u32,
     pub(super) padding: u32,
 }
+
+/// The memory of the dirty log; a descriptor comes with it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, IntoBytes, Immutable)]
+#[repr(C)]
+pub(super) struct LogArea {
+    pub(super) len: u64,
+    pub(super) offset: u64,
+}
+
+/// Longest answer to `SET_LOG_BASE`. The specification does not say what it holds: QEMU's library
+/// sends 8 bytes, DPDK none, rust-vmm repeats the request's 16.
+pub(super) const LOG_REPLY_MAX: usize = 16;
 
 /// A part of the configuration space: as many bytes as it has room for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]

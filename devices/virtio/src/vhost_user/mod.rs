@@ -13,11 +13,13 @@
 //! * `session`, `ring`: what was agreed with a backend, and starting and stopping its rings.
 //! * `watch`: the thread that notices when a backend dies.
 //! * `ctrl`: the control queue.
+//! * `log`, `dirty`: which pages the backend wrote, for a migration.
 //!
 //! # A backend that fails
 //! A wrong answer, none within 5 s, or a closed connection ends the connection. The device then
 //! asks its driver for a reset (`DEVICE_NEEDS_RESET`), which does not help until the VM is built
-//! anew; whoever made the device is told. The guest runs on without it.
+//! anew; whoever made the device is told. The guest runs on without it, and cannot be migrated:
+//! what the backend wrote last nobody knows.
 //!
 //! # Migration
 //! `GET_VRING_BASE` stops each ring, so that a paused device writes no guest memory, and says
@@ -28,6 +30,8 @@
 
 mod connection;
 mod ctrl;
+mod dirty;
+mod log;
 mod message;
 mod ring;
 mod session;
@@ -52,6 +56,8 @@ use zerocopy::IntoBytes;
 use zerocopy::little_endian::U16;
 
 pub use connection::ExchangeError;
+pub use dirty::VhostUserDirty;
+pub use log::LogError;
 pub use message::Request;
 pub use session::{OnLost, VhostUserError};
 
@@ -211,6 +217,7 @@ impl VhostUserNet {
     /// A way to the backend that remains when the card has been handed to a transport.
     pub fn handle(&self) -> VhostUserHandle {
         VhostUserHandle {
+            id: self.id.clone(),
             session: Arc::clone(&self.session),
         }
     }
@@ -523,6 +530,7 @@ impl VirtioDevice for VhostUserNet {
 /// A way to a card's backend, from outside of its transport.
 #[derive(Clone)]
 pub struct VhostUserHandle {
+    id: String,
     session: Arc<Session>,
 }
 
@@ -535,5 +543,19 @@ impl VhostUserHandle {
     /// What is worth knowing of the backend. Never waits for it.
     pub fn facts(&self) -> BTreeMap<String, String> {
         session::facts(&self.session)
+    }
+
+    /// The backend as a writer of guest memory. Never waits for it.
+    ///
+    /// # Errors
+    /// [`VhostUserError::Missing`] if it cannot log its writes, [`VhostUserError::Exchange`] if
+    /// it is lost.
+    pub fn dirty_source(&self, memory: &MemoryHandle) -> Result<VhostUserDirty, VhostUserError> {
+        self.session.can_log()?;
+        Ok(VhostUserDirty::new(
+            self.id.clone(),
+            Arc::clone(&self.session),
+            memory.clone(),
+        ))
     }
 }

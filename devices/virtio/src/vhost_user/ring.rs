@@ -8,7 +8,9 @@ use vmm_sys_util::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
 use super::connection::{Connection, ExchangeError};
-use super::message::{MAX_REGIONS, MemRegion, MemTable, Request, VringAddr, VringState};
+use super::message::{
+    F_LOG_ALL, MAX_REGIONS, MemRegion, MemTable, Request, VRING_F_LOG, VringAddr, VringState,
+};
 use super::session::VhostUserError;
 use crate::poll::event_fd;
 use crate::queue::QueueSetup;
@@ -31,6 +33,7 @@ impl Ring {
     pub(super) fn start(
         &self,
         connection: &mut Connection,
+        logging: bool,
         errors: &EventFd,
     ) -> Result<(), ExchangeError> {
         let state = |value| VringState {
@@ -41,7 +44,7 @@ impl Ring {
         connection.tell(Request::SetVringNum, size.as_bytes(), &[])?;
         let base = state(self.next_avail.into());
         connection.tell(Request::SetVringBase, base.as_bytes(), &[])?;
-        self.set_address(connection)?;
+        self.set_address(connection, logging)?;
         let index = u64::from(self.index);
         // The kick comes last: it starts the ring.
         for (request, event) in [
@@ -54,12 +57,12 @@ impl Ring {
         Ok(())
     }
 
-    /// Tells where the ring is.
-    fn set_address(&self, connection: &mut Connection) -> Result<(), ExchangeError> {
+    /// Tells where the ring is, and whether writes of its used ring are logged.
+    fn set_address(&self, connection: &mut Connection, logging: bool) -> Result<(), ExchangeError> {
         // A ring's "user" addresses are GPAs, as in the memory table.
         let address = VringAddr {
             index: self.index.into(),
-            flags: 0,
+            flags: if logging { VRING_F_LOG } else { 0 },
             descriptors: self.setup.descriptors,
             used: self.setup.used,
             available: self.setup.available,
@@ -98,7 +101,7 @@ impl Ring {
 /// What a backend serves while the device is active.
 #[derive(Debug)]
 pub(super) struct Running {
-    /// Features for `SET_FEATURES`.
+    /// Features for `SET_FEATURES`, without logging.
     features: u64,
     /// In order of their numbers; receive and transmit alternate.
     rings: Vec<Ring>,
@@ -116,8 +119,12 @@ impl Running {
     }
 
     /// Features for `SET_FEATURES`.
-    pub(super) fn features(&self) -> u64 {
-        self.features
+    pub(super) fn features(&self, logging: bool) -> u64 {
+        if logging {
+            self.features | F_LOG_ALL
+        } else {
+            self.features
+        }
     }
 
     pub(super) fn rings(&self) -> impl ExactSizeIterator<Item = &Ring> {
@@ -142,6 +149,20 @@ impl Running {
         self.rings
             .iter()
             .try_for_each(|ring| ring.enable(connection, false))
+    }
+
+    /// Switches the logging of rings that run: of buffers by the feature, of used rings by their
+    /// addresses.
+    pub(super) fn set_logging(
+        &self,
+        connection: &mut Connection,
+        logging: bool,
+    ) -> Result<(), ExchangeError> {
+        let features = self.features(logging);
+        connection.tell(Request::SetFeatures, features.as_bytes(), &[])?;
+        self.rings
+            .iter()
+            .try_for_each(|ring| ring.set_address(connection, logging))
     }
 }
 

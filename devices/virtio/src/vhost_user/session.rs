@@ -15,8 +15,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use zerocopy::IntoBytes;
 
 use super::connection::{Connection, ExchangeError, connect};
+use super::log::{LogError, SharedLog};
 use super::message::{
-    CONFIG_BYTES, ConfigPart, F_PROTOCOL_FEATURES, MAX_REGIONS, Request, protocol,
+    CONFIG_BYTES, ConfigPart, F_LOG_ALL, F_PROTOCOL_FEATURES, MAX_REGIONS, Request, protocol,
 };
 use super::ring::{Running, mem_table};
 use crate::device::{DeviceInterrupt, feature};
@@ -92,6 +93,12 @@ pub enum VhostUserError {
         /// How many there are.
         count: usize,
     },
+    /// There is no dirty log.
+    #[error("no dirty log")]
+    Log(#[from] LogError),
+    /// The dirty log was not started.
+    #[error("the dirty log was not started")]
+    NoLog,
 }
 
 /// What is called once when the backend is lost, with the reason.
@@ -114,6 +121,8 @@ struct Link {
     connection: Connection,
     /// What the backend serves.
     running: Option<Running>,
+    /// Where it logs, during a migration.
+    log: Option<Arc<SharedLog>>,
 }
 
 /// A connection to a backend, and all that it was told.
@@ -167,6 +176,7 @@ impl Session {
             link: Mutex::new(Link {
                 connection,
                 running: None,
+                log: None,
             }),
             driver: Mutex::new(None),
             on_lost: Mutex::new(Some(on_lost)),
@@ -191,6 +201,29 @@ impl Session {
         self.lost.get().map(String::as_str)
     }
 
+    /// Whether writes of the backend can be logged. Never waits.
+    pub(super) fn can_log(&self) -> Result<(), VhostUserError> {
+        let remedy = "a VM with it cannot be migrated; boot it with a backend that logs its writes";
+        for (there, name) in [
+            (
+                self.offer.protocol & protocol::LOG_SHMFD,
+                "VHOST_USER_PROTOCOL_F_LOG_SHMFD",
+            ),
+            (self.offer.features & F_LOG_ALL, "VHOST_F_LOG_ALL"),
+        ] {
+            if there == 0 {
+                return Err(VhostUserError::Missing { name, remedy });
+            }
+        }
+        match self.lost() {
+            None => Ok(()),
+            Some(reason) => Err(ExchangeError::Lost {
+                reason: reason.to_owned(),
+            }
+            .into()),
+        }
+    }
+
     /// A descriptor of the socket, to be watched.
     pub(super) fn watched(&self) -> io::Result<UnixStream> {
         self.link.lock().connection.socket().try_clone()
@@ -209,14 +242,19 @@ impl Session {
             let Link {
                 connection,
                 running: serving,
+                log,
             } = link;
             // Noted first: what was begun is undone by `stop`.
             let running = serving.insert(running);
-            let features = running.features();
+            let features = running.features(log.is_some());
             connection.tell(Request::SetFeatures, features.as_bytes(), &[])?;
             connection.tell(Request::SetMemTable, table.as_bytes(), &files)?;
+            if let Some(log) = log {
+                let (area, file) = log.area();
+                connection.set_log(area, file)?;
+            }
             for ring in running.rings() {
-                ring.start(connection, &self.errors)?;
+                ring.start(connection, log.is_some(), &self.errors)?;
             }
             running.enable(connection)?;
             Ok(connection.settle()?)
@@ -294,6 +332,36 @@ impl Session {
             Ok(link
                 .connection
                 .tell(Request::NetSetMtu, u64::from(mtu).as_bytes(), &[])?)
+        })
+    }
+
+    /// Has the backend log its writes in `log` from now on, and whenever it is started.
+    pub(super) fn start_log(&self, log: Arc<SharedLog>) -> Result<(), VhostUserError> {
+        self.can_log()?;
+        self.operate(|link| {
+            // Noted first: what was begun is undone by `stop_log`.
+            let log = link.log.insert(log);
+            if let Some(running) = &link.running {
+                let connection = &mut link.connection;
+                let (area, file) = log.area();
+                connection.set_log(area, file)?;
+                running.set_logging(connection, true)?;
+                // Until then writes may not have been logged.
+                connection.settle()?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Ends the logging. A backend that is lost logs nothing.
+    pub(super) fn stop_log(&self) -> Result<(), VhostUserError> {
+        self.operate(|link| match (&link.running, link.log.take()) {
+            (Some(running), Some(_)) if link.connection.lost().is_none() => {
+                running.set_logging(&mut link.connection, false)?;
+                Ok(link.connection.settle()?)
+            }
+            // Rings that start later do so without it.
+            _ => Ok(()),
         })
     }
 
@@ -438,8 +506,13 @@ fn read_mtu(connection: &mut Connection) -> Result<Option<u16>, VhostUserError> 
 
 /// Facts about a session for whoever looks at the VM.
 pub(super) fn facts(session: &Session) -> BTreeMap<String, String> {
+    let dirty_source = match session.can_log() {
+        Ok(()) => "shared log".to_owned(),
+        Err(error) => vm_migration::ErrorChain(&error).to_string(),
+    };
     BTreeMap::from([
         ("backend".to_owned(), "vhost-user".to_owned()),
         ("socket".to_owned(), session.path().display().to_string()),
+        ("dirty_source".to_owned(), dirty_source),
     ])
 }

@@ -1,6 +1,7 @@
 //! Tests of the card against the tests' own backend, and against peers that misbehave.
 
 mod hostile;
+mod log;
 mod serving;
 
 use std::fs::File;

@@ -59,7 +59,7 @@ fn a_driver_sees_what_the_backend_and_ferry_can_do() {
     card.driver.device.read_bar(0, 0x2000, &mut config);
     assert_eq!(config[..6], MAC);
     assert_eq!(config[6..], [1, 0, 2, 0, 0xdc, 5], "status, pairs, MTU");
-    assert_eq!(card.handle.facts()["backend"], "vhost-user");
+    assert_eq!(card.handle.facts()["dirty_source"], "shared log");
 }
 
 #[test]
