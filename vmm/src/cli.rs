@@ -83,8 +83,8 @@ pub struct Cli {
         long_help = "Guest RAM: size=SIZE[,shared=on|off][,hugepages=on|off][,hugepage_size=2M|1G]\
             [,dirty_log=bitmap|bitmap-auto-clear|ring][,dirty_ring_entries=N]\
             \n\n\
-            shared=on makes it a memfd that other processes may map; passthrough devices need \
-            that.\n\n\
+            shared=on makes it a memfd that other processes may map; passthrough devices \
+            and vhost_user=on need that.\n\n\
             dirty_log is how KVM logs the pages that vCPUs write during a migration: in a bitmap \
             that is cleared just before pages are sent, or as a whole each time it is read (also \
             where KVM cannot do the former); or in a ring for each vCPU, of N entries, a power of \
@@ -144,9 +144,13 @@ pub struct Cli {
         long,
         value_name = "tap=NAME,…",
         num_args = 1..,
-        help = "virtio-net device: tap=NAME|fd=N|fd=[N,…] and more; may be repeated",
-        long_help = "virtio-net device; may be repeated: tap=NAME|fd=N|fd=[N,…][,mac=ADDRESS]\
+        help = "virtio-net device: tap=NAME|fd=N|fd=[N,…]|vhost_user=on,socket=SOCKET and more; \
+            may be repeated",
+        long_help = "virtio-net device; may be repeated: \
+            tap=NAME|fd=N|fd=[N,…]|vhost_user=on,socket=SOCKET[,mac=ADDRESS]\
             [,mtu=BYTES][,num_queues=N][,queue_size=N][,hash_report=on|off][,id=NAME]\n\n\
+            vhost_user=on lets the process that listens on the socket serve the queues; it needs \
+            --memory shared=on and reports no hashes. \
             num_queues counts receive and transmit queues together (2 to 254, default 2); queue_size \
             is a power of two (default 256); hash_report=on offers the guest each received packet's \
             hash.",

@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use vm_migration::migrate::{Address, MigrationParams, MigrationStatus, TimeoutStrategy};
 
-use crate::config::{ConfigError, ConsoleConfig, DirtyLogConfig, VmConfig, check_id, check_ifname};
+use crate::config::{
+    ConfigError, ConsoleConfig, DirtyLogConfig, NetConfig, VmConfig, check_id, check_ifname,
+};
 
 /// One request to the VMM's control loop. The comments name the endpoint and the answer.
 #[derive(Debug)]
@@ -217,7 +219,7 @@ impl SendMigrationConfig {
 pub struct ReceiveMigrationConfig {
     /// Where to listen: `unix:PATH` or `tcp:HOST:PORT`.
     pub receiver_url: String,
-    /// Taps of virtio-net devices.
+    /// Taps and vhost-user backends of virtio-net devices.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub net: Vec<ReceiveNetConfig>,
     /// Servers of passthrough devices.
@@ -231,14 +233,52 @@ pub struct ReceiveMigrationConfig {
     pub console: Option<ConsoleConfig>,
 }
 
-/// The tap a virtio-net device has on the receiving host.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What a virtio-net device is connected to on the receiving host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ReceiveNetConfig {
     /// The device.
     pub id: String,
     /// Its tap here.
-    pub tap: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// The socket of its vhost-user backend here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<PathBuf>,
+}
+
+impl ReceiveNetConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        check_id(&self.id)?;
+        match (&self.tap, &self.vhost_socket) {
+            (Some(tap), None) => check_ifname(&self.id, tap),
+            (None, Some(_)) => Ok(()),
+            _ => Err(ConfigError::ReceivedBackend {
+                id: self.id.clone(),
+            }),
+        }
+    }
+
+    fn apply_to(&self, net: &mut NetConfig) -> Result<(), ConfigError> {
+        let other = |there, key| ConfigError::OtherBackend {
+            id: self.id.clone(),
+            there,
+            key,
+        };
+        if net.vhost_user {
+            let Some(socket) = &self.vhost_socket else {
+                return Err(other("a vhost-user backend", "vhost_socket"));
+            };
+            net.vhost_socket = Some(socket.clone());
+        } else {
+            let Some(tap) = &self.tap else {
+                return Err(other("a tap", "tap"));
+            };
+            net.tap = Some(tap.clone());
+            net.fds.clear();
+        }
+        Ok(())
+    }
 }
 
 /// The server a passthrough device has on the receiving host.
@@ -276,8 +316,7 @@ impl ReceiveMigrationConfig {
         self.receiver()?;
         let mut seen = HashSet::new();
         for net in &self.net {
-            check_id(&net.id)?;
-            check_ifname(&net.id, &net.tap)?;
+            net.validate()?;
         }
         let devices = self.user_devices.iter().map(|device| &device.id);
         for id in self.net.iter().map(|net| &net.id).chain(devices) {
@@ -292,13 +331,12 @@ impl ReceiveMigrationConfig {
     /// Replaces the host resources in `config`, the source's configuration, by those named here.
     ///
     /// # Errors
-    /// [`ConfigError::UnknownDevice`] if a named device is not in `config`.
+    /// [`ConfigError::UnknownDevice`] if a named device is not in `config`,
+    /// [`ConfigError::OtherBackend`] if it is of another kind there.
     pub fn apply_to(&self, config: &mut VmConfig) -> Result<(), ConfigError> {
         for here in &self.net {
             let net = config.net.iter_mut().find(|net| net.id == here.id);
-            let net = net.ok_or_else(|| unknown(&here.id))?;
-            net.tap = Some(here.tap.clone());
-            net.fds.clear();
+            here.apply_to(net.ok_or_else(|| unknown(&here.id))?)?;
         }
         for here in &self.user_devices {
             let mut devices = config.user_devices.iter_mut();

@@ -116,7 +116,7 @@ fn the_document_describes_the_routes_and_the_types() {
         "memory": {"size": 2 << 20, "shared": true, "hugepages": true, "hugepage_size": 2 << 20,
             "dirty_log": "ring", "dirty_ring_entries": 1024},
         "payload": {"kernel": "k", "initramfs": "i", "cmdline": "c"},
-        "net": [{"tap": "t", "mtu": 1500}],
+        "net": [{"tap": "t", "mtu": 1500}, {"vhost_user": true, "vhost_socket": "v"}],
         "serial": {"mode": "File", "file": "f"},
         "console": {"mode": "Socket", "socket": "s"},
         "user_devices": [{"socket": "x"}],
@@ -147,6 +147,7 @@ fn the_document_describes_the_routes_and_the_types() {
         covers(schema, &vm[key]);
     }
     covers("NetConfig", &vm["net"][0]);
+    covers("NetConfig", &vm["net"][1]);
     covers("UserDeviceConfig", &vm["user_devices"][0]);
     let send = SendMigrationConfig {
         max_bandwidth: Some(1),
@@ -470,12 +471,13 @@ fn the_start_up_code_can_ask_by_itself() {
 #[test]
 fn a_destination_replaces_only_what_it_names() {
     let text = r#"{"payload": {"kernel": "k"}, "memory": {"size": 4096, "shared": true},
-        "net": [{"fds": [9]}, {"tap": "t"}], "user_devices": [{"socket": "/a"}]}"#;
+        "net": [{"fds": [9]}, {"tap": "t"}, {"vhost_user": true, "vhost_socket": "/c"}],
+        "user_devices": [{"socket": "/a"}]}"#;
     let config: VmConfig = serde_json::from_str(text).unwrap();
     let source = config.validate().unwrap();
     let mut here = source.clone();
-    let text = r#"{"receiver_url": "unix:/x", "net": [{"id": "_net0", "tap": "u"}],
-        "user_devices": [{"id": "_user0", "socket": "/b"}], "serial": {"mode": "Pty"}}"#;
+    let text = r#"{"receiver_url": "unix:/x", "user_devices": [{"id": "_user0", "socket": "/b"}],
+        "net": [{"id": "_net0", "tap": "u"}, {"id": "_net2", "vhost_socket": "/d"}], "serial": {"mode": "Pty"}}"#;
     let receive: ReceiveMigrationConfig = serde_json::from_str(text).unwrap();
     receive.apply_to(&mut here).unwrap();
     assert_eq!(
@@ -484,10 +486,24 @@ fn a_destination_replaces_only_what_it_names() {
     );
     assert_eq!(here.net[0].mac, source.net[0].mac);
     assert_eq!(here.net[1], source.net[1]);
+    assert_eq!(here.net[2].vhost_socket, Some(PathBuf::from("/d")));
     assert_eq!(here.user_devices[0].socket, PathBuf::from("/b"));
     assert_eq!(here.console, source.console);
     let mut receive = receive;
-    receive.net[0].id = "other".to_owned();
+    for (id, told) in [
+        ("_net1", "at the source it has a tap; give its `tap`"),
+        ("other", "no device `other`"),
+    ] {
+        receive.net[1].id = id.to_owned();
+        let error = receive.apply_to(&mut here).unwrap_err();
+        assert!(error.to_string().contains(told), "{error}");
+    }
+    receive.net[1].id = "_net1".to_owned();
+    receive.net[1].tap = Some("t".to_owned());
+    let error = receive.clone().validate().unwrap_err();
+    assert!(error.to_string().contains("exactly one"), "{error}");
+    receive.net.truncate(1);
+    receive.net[0].id = "_net2".to_owned();
     let error = receive.apply_to(&mut here).unwrap_err();
-    assert!(error.to_string().contains("no device `other`"));
+    assert!(error.to_string().contains("give its `vhost_socket`"));
 }

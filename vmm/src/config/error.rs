@@ -160,8 +160,38 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// A NIC with no backend, or two.
-    #[error("--net {id}: name exactly one backend: tap=NAME or fd=N")]
+    #[error("--net {id}: name exactly one backend: tap=NAME, fd=N or vhost_user=on,socket=SOCKET")]
     NetBackend {
+        /// The device.
+        id: String,
+    },
+    /// A vhost-user backend without its socket, or a socket without it.
+    #[error("--net {id}: vhost_user=on and socket=SOCKET (vhost_socket) go together; give both")]
+    VhostSocket {
+        /// The device.
+        id: String,
+    },
+    /// Hashes of packets that Ferry never sees.
+    #[error(
+        "--net {id}: a vhost-user backend reports no hashes; drop hash_report=on, or use a tap"
+    )]
+    VhostHash {
+        /// The device.
+        id: String,
+    },
+    /// A tap for a device with a vhost-user backend, or the reverse.
+    #[error("net {id}: at the source it has {there}; give its `{key}`")]
+    OtherBackend {
+        /// The device.
+        id: String,
+        /// What it has.
+        there: &'static str,
+        /// The key that is to be given.
+        key: &'static str,
+    },
+    /// Not just one backend for a device that arrives.
+    #[error("net {id}: give exactly one of `tap` and `vhost_socket`")]
+    ReceivedBackend {
         /// The device.
         id: String,
     },
@@ -274,12 +304,14 @@ pub enum ConfigError {
         /// The option.
         option: &'static str,
     },
-    /// A passthrough device that could not map guest RAM.
+    /// A device of another process that could not map guest RAM.
     #[error(
-        "--user-device {id}: its server must map guest RAM, which is private; add shared=on to \
+        "{option} {id}: its server must map guest RAM, which is private; add shared=on to \
          --memory (memory.shared)"
     )]
     PrivateMemory {
+        /// The command-line option.
+        option: &'static str,
         /// The device.
         id: String,
     },

@@ -99,7 +99,7 @@ impl CpusConfig {
 pub struct MemoryConfig {
     /// Guest RAM in bytes.
     pub size: u64,
-    /// RAM is a memfd that other processes may map (vfio-user devices need this).
+    /// RAM is a memfd that other processes may map (vfio-user and vhost-user devices need this).
     #[serde(default)]
     pub shared: bool,
     /// RAM is made of huge pages.
@@ -239,6 +239,15 @@ impl MemoryConfig {
                 entries: self.dirty_ring_entries,
             },
         }
+    }
+
+    /// Refuses device `id` of `option`, which another process serves, with private memory.
+    pub(super) fn require_shared(&self, option: &'static str, id: &str) -> Result<(), ConfigError> {
+        if self.shared {
+            return Ok(());
+        }
+        let id = id.to_owned();
+        Err(ConfigError::PrivateMemory { option, id })
     }
 
     pub(super) fn validate(&self) -> Result<(), ConfigError> {

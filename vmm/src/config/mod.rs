@@ -90,14 +90,13 @@ impl VmConfig {
         for net in &mut self.net {
             net.validate()?;
             net.mac.get_or_insert_with(MacAddress::random_local);
+            if net.vhost_user {
+                self.memory.require_shared("--net", &net.id)?;
+            }
         }
         for device in &self.user_devices {
             device.validate()?;
-            if !self.memory.shared {
-                return Err(ConfigError::PrivateMemory {
-                    id: device.id.clone(),
-                });
-            }
+            self.memory.require_shared("--user-device", &device.id)?;
         }
         self.check_shared_paths()?;
         Ok(self)
@@ -147,8 +146,17 @@ impl VmConfig {
             .user_devices
             .iter()
             .map(|device| device.socket.as_path());
+        let backends = self
+            .net
+            .iter()
+            .filter_map(|net| net.vhost_socket.as_deref());
         let mut seen: HashSet<&Path> = HashSet::new();
-        for path in consoles.into_iter().flatten().chain(sockets) {
+        for path in consoles
+            .into_iter()
+            .flatten()
+            .chain(sockets)
+            .chain(backends)
+        {
             // Output to /dev/null and the like may be shared.
             if !path.starts_with("/dev") && !seen.insert(path) {
                 return Err(ConfigError::PathTwice {

@@ -1,4 +1,5 @@
-//! Network devices: virtio-net on a tap, and passthrough devices over vfio-user.
+//! Network devices: virtio-net on a tap or a vhost-user backend, and passthrough devices over
+//! vfio-user.
 
 use std::collections::hash_map::RandomState;
 use std::fmt;
@@ -104,6 +105,12 @@ pub struct NetConfig {
     /// Open tap descriptors that ferry inherits, one per queue pair, instead of `tap`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub fds: Vec<i32>,
+    /// The queues are served by another process over vhost-user, instead of a tap.
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub vhost_user: bool,
+    /// The unix socket that process listens on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<PathBuf>,
     /// The guest's address; [`VmConfig::validate`] draws one if not given.
     ///
     /// [`VmConfig::validate`]: super::VmConfig::validate
@@ -123,6 +130,12 @@ pub struct NetConfig {
     pub hash_report: bool,
 }
 
+/// Whether a toggle has its usual value.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+fn is_off(toggle: &bool) -> bool {
+    !toggle
+}
+
 fn default_num_queues() -> u16 {
     2
 }
@@ -137,6 +150,8 @@ impl Default for NetConfig {
             id: String::new(),
             tap: None,
             fds: Vec::new(),
+            vhost_user: false,
+            vhost_socket: None,
             mac: None,
             mtu: None,
             num_queues: default_num_queues(),
@@ -154,6 +169,8 @@ impl FromStr for NetConfig {
             "id",
             "tap",
             "fd",
+            "vhost_user",
+            "socket",
             "mac",
             "mtu",
             "num_queues",
@@ -165,6 +182,8 @@ impl FromStr for NetConfig {
             id: keys.text("id")?.unwrap_or_default().to_owned(),
             tap: keys.text("tap")?.map(str::to_owned),
             fds: keys.list("fd")?.unwrap_or_default(),
+            vhost_user: keys.toggle("vhost_user")?.unwrap_or(false),
+            vhost_socket: keys.path("socket")?,
             mac: keys.text("mac")?.map(str::parse).transpose()?,
             mtu: keys.number("mtu")?,
             num_queues: keys
@@ -186,6 +205,12 @@ impl fmt::Display for NetConfig {
         if !self.fds.is_empty() {
             let fds: Vec<String> = self.fds.iter().map(i32::to_string).collect();
             write!(out, "fd=[{}],", fds.join(","))?;
+        }
+        if self.vhost_user {
+            write!(out, "vhost_user=on,")?;
+        }
+        if let Some(socket) = &self.vhost_socket {
+            write!(out, "socket={},", quote(&socket.to_string_lossy()))?;
         }
         if !self.id.is_empty() {
             write!(out, "id={},", quote(&self.id))?;
@@ -214,11 +239,7 @@ impl NetConfig {
 
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
         let id = || self.id.clone();
-        match (&self.tap, self.fds.is_empty()) {
-            (Some(name), true) => check_ifname(&self.id, name)?,
-            (None, false) => self.check_fds()?,
-            (Some(_), false) | (None, true) => return Err(ConfigError::NetBackend { id: id() }),
-        }
+        self.check_backend()?;
         if self.num_queues == 0
             || !self.num_queues.is_multiple_of(2)
             || self.num_queues > MAX_NET_QUEUES
@@ -251,6 +272,25 @@ impl NetConfig {
                 max: MAX_MTU,
             }),
             _ => Ok(()),
+        }
+    }
+
+    fn check_backend(&self) -> Result<(), ConfigError> {
+        let id = || self.id.clone();
+        match (&self.tap, self.fds.is_empty(), self.vhost_user) {
+            (Some(name), true, false) => check_ifname(&self.id, name)?,
+            (None, false, false) => self.check_fds()?,
+            (None, true, true) if self.hash_report => {
+                return Err(ConfigError::VhostHash { id: id() });
+            }
+            (None, true, true) => {}
+            _ => return Err(ConfigError::NetBackend { id: id() }),
+        }
+        let socket = self.vhost_socket.as_ref();
+        match (self.vhost_user, socket) {
+            (false, None) => Ok(()),
+            (true, Some(path)) if !path.as_os_str().is_empty() => Ok(()),
+            _ => Err(ConfigError::VhostSocket { id: id() }),
         }
     }
 

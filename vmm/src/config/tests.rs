@@ -251,6 +251,22 @@ fn a_nic_that_cannot_work_is_refused() {
     };
     assert!(matches!(with("id=a"), ConfigError::NetBackend { .. }));
     assert!(matches!(with("tap=t,fd=3"), ConfigError::NetBackend { .. }));
+    for text in [
+        "tap=t,vhost_user=on,socket=/s",
+        "fd=3,vhost_user=on,socket=/s",
+    ] {
+        assert!(matches!(with(text), ConfigError::NetBackend { .. }));
+    }
+    for text in ["vhost_user=on", "tap=t,socket=/s"] {
+        assert!(matches!(with(text), ConfigError::VhostSocket { .. }));
+    }
+    let text = "vhost_user=on,socket=/s,hash_report=on";
+    assert!(matches!(with(text), ConfigError::VhostHash { .. }));
+    let error = with("vhost_user=on,socket=/s").to_string();
+    assert!(
+        error.contains("--net _net0") && error.contains("shared=on"),
+        "{error}"
+    );
     assert!(matches!(
         with("fd=2"),
         ConfigError::NetFdNumber { fd: 2, .. }
@@ -341,9 +357,12 @@ prop_compose! {
         num_queues: u16,
         queue_size: u16,
         hash_report: bool,
+        (vhost_user, vhost_socket) in (any::<bool>(), option::of(path())),
     ) -> NetConfig {
         let mac = mac.map(MacAddress);
-        NetConfig { id, tap, fds, mac, mtu, num_queues, queue_size, hash_report }
+        NetConfig {
+            id, tap, fds, vhost_user, vhost_socket, mac, mtu, num_queues, queue_size, hash_report,
+        }
     }
 }
 

@@ -1,7 +1,6 @@
 //! The devices of a machine and where they are.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroU16;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,28 +11,25 @@ use devices::rtc::{self, Rtc};
 use devices::serial::{self, Serial};
 use devices::terminal::Terminal;
 use hypervisor::Vm;
-use net_util::tap::{Tap, TapName};
 use parking_lot::Mutex;
 use passthrough::{Passthrough, VfioUserBackend};
 use pci::PciBus;
 use virtio_devices::net::features::HASH_REPORT;
-use virtio_devices::net::{Net, NetBackend, NetCounters, NetOptions, NetTotals};
-use virtio_devices::{Console, EntropySource, Rng, VirtioDevice, VirtioPciDevice, VirtioPciParts};
+use virtio_devices::{
+    Console, EntropySource, NetCounters, Rng, VhostUserHandle, VirtioDevice, VirtioPciDevice,
+    VirtioPciParts,
+};
 use vm_migration::{ErrorChain, Pause};
 
 use super::pci::PciRoot;
-use super::{Host, MachineError};
+use super::{Host, MachineError, net};
 use crate::api::Counters;
-use crate::config::{ConsoleConfig, NetConfig, RngConfig, UserDeviceConfig, VmConfig};
-use crate::inherited;
+use crate::config::{ConsoleConfig, RngConfig, UserDeviceConfig, VmConfig};
 use crate::interrupts::{Fabric, InterruptManager};
 use crate::layout;
 use crate::memory::Ram;
 use crate::notice::ExitReason;
 use crate::power::PowerButton;
-
-/// The kind of a network card.
-const NET: &str = "virtio-net";
 
 /// What devices are plugged into.
 pub(super) struct Board<'a> {
@@ -54,6 +50,8 @@ pub struct VirtioFunction {
     pub device: Arc<Mutex<VirtioPciDevice>>,
     /// What a network card counts.
     pub counters: Option<Arc<NetCounters>>,
+    /// The process that serves its queues.
+    pub vhost: Option<VhostUserHandle>,
 }
 
 /// A passthrough device on the bus.
@@ -106,8 +104,7 @@ impl Devices {
             board,
         )?);
         for net in &config.net {
-            let (device, counters) = network(net)?;
-            virtio.push(function(NET, device, Some(counters), host, board)?);
+            virtio.push(net::card(net, host, board)?);
         }
         for function in &virtio {
             root.add(function.device.clone())?;
@@ -172,7 +169,7 @@ impl Devices {
             .iter()
             .filter_map(|function| {
                 let totals = function.counters.as_ref()?.totals();
-                Some((function.id.clone(), net_counters(&totals)))
+                Some((function.id.clone(), net::counters(&totals)))
             })
             .collect()
     }
@@ -194,12 +191,18 @@ impl Devices {
             );
         }
         let hashing = |function: &&VirtioFunction| {
-            function.kind == NET && function.device.lock().offered_features() & HASH_REPORT != 0
+            function.kind == net::TAP
+                && function.device.lock().offered_features() & HASH_REPORT != 0
         };
         for function in self.virtio.iter().filter(hashing) {
             // The tap leaves the hash empty, the device's own thread fills it in.
             let backend = ("hash_backend".to_owned(), "software".to_owned());
             all.insert(function.id.clone(), BTreeMap::from([backend]));
+        }
+        for function in &self.virtio {
+            if let Some(vhost) = &function.vhost {
+                all.insert(function.id.clone(), vhost.facts());
+            }
         }
         for user in &self.users {
             let facts = BTreeMap::from([
@@ -255,22 +258,6 @@ fn entropy(config: &RngConfig) -> Result<EntropySource, MachineError> {
     Ok(EntropySource::File(Arc::new(file)))
 }
 
-fn net_counters(totals: &NetTotals) -> BTreeMap<String, u64> {
-    let named = [
-        ("rx_frames", totals.rx_packets),
-        ("rx_bytes", totals.rx_bytes),
-        ("rx_dropped", totals.rx_dropped),
-        ("tx_frames", totals.tx_packets),
-        ("tx_bytes", totals.tx_bytes),
-        ("tx_dropped", totals.tx_dropped),
-        ("hashed", totals.hashed()),
-    ];
-    named
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect()
-}
-
 /// Where a migration learns which pages the device wrote, or why it cannot.
 fn dirty_source(device: &Passthrough) -> String {
     match device.dirty_source() {
@@ -279,7 +266,7 @@ fn dirty_source(device: &Passthrough) -> String {
     }
 }
 
-fn function(
+pub(super) fn function(
     kind: &'static str,
     device: Box<dyn VirtioDevice>,
     counters: Option<Arc<NetCounters>>,
@@ -299,44 +286,8 @@ fn function(
         kind,
         device: Arc::new(Mutex::new(device)),
         counters,
+        vhost: None,
     })
-}
-
-fn network(config: &NetConfig) -> Result<(Box<dyn VirtioDevice>, Arc<NetCounters>), MachineError> {
-    let id = &config.id;
-    let pairs = NonZeroU16::new(config.num_queues / 2).unwrap_or(NonZeroU16::MIN);
-    let tap = match &config.tap {
-        Some(name) => {
-            let name = TapName::new(name).map_err(MachineError::device(id))?;
-            let tap = Tap::open(&name, pairs).map_err(MachineError::device(id))?;
-            tap.set_up().map_err(MachineError::device(id))?;
-            tap
-        }
-        None => {
-            let fds = config
-                .fds
-                .iter()
-                .map(|fd| inherited::duplicate(*fd))
-                .collect::<Result<Vec<_>, _>>()
-                .map_err(MachineError::device(id))?;
-            Tap::from_fds(fds).map_err(MachineError::device(id))?
-        }
-    };
-    let mut backends: Vec<Arc<dyn NetBackend>> = Vec::new();
-    for queue in tap.into_queues() {
-        backends.push(Arc::new(queue));
-    }
-    let options = NetOptions {
-        id: id.clone(),
-        mac: config.mac.map(|mac| mac.0).unwrap_or_default(),
-        mtu: config.mtu,
-        queue_size: config.queue_size,
-        offloads: true,
-        hash_report: config.hash_report,
-    };
-    let net = Net::new(options, backends).map_err(MachineError::device(id))?;
-    let counters = net.counters();
-    Ok((Box::new(net), counters))
 }
 
 fn user_device(

@@ -3,6 +3,7 @@
 mod areas;
 mod devices;
 mod error;
+mod net;
 mod parts;
 mod pci;
 

@@ -8,13 +8,15 @@ use hypervisor::Cpuid;
 use passthrough::Passthrough;
 use virtio_devices::VirtioPciDevice;
 use vm_migration::migrate::{DeviceManifest, Manifest, MemoryRegion, Migratable, Refusal};
-use vm_migration::{ErrorChain, SaveRestore};
+use vm_migration::{ErrorChain, MemoryHandle, SaveRestore};
 
 use compat::{Compat, compat};
 
 use super::MigrateError;
 use crate::config::VmConfig;
-use crate::machine::{BusState, CHIPS_ID, CPUS_ID, CpuState, Machine, PCI_ID, VmChips};
+use crate::machine::{
+    BusState, CHIPS_ID, CPUS_ID, CpuState, Machine, PCI_ID, VirtioFunction, VmChips,
+};
 
 /// Most that a passthrough device's state may be, in bytes. The device does not tell a bound, and
 /// states of real NICs reach hundreds of megabytes.
@@ -66,14 +68,7 @@ fn devices(machine: &Machine) -> Vec<DeviceManifest> {
         ));
     }
     for function in machine.devices().virtio() {
-        let features = function.device.lock().offered_features();
-        let compat = compat([(compat::FEATURES, format!("{features:#x}"))]);
-        all.push(entry(
-            &function.id,
-            function.kind,
-            compat,
-            VirtioPciDevice::MAX_STATE_BYTES,
-        ));
+        all.push(virtio_entry(function, machine.ram().handle()));
     }
     for user in machine.devices().users() {
         all.push(passthrough_entry(&user.id, &user.device));
@@ -94,6 +89,28 @@ fn entry(id: &str, kind: &str, compat: Compat, max_state: usize) -> DeviceManife
         compat,
         migratable: Migratable::Yes,
         max_state_bytes: u64::try_from(max_state).unwrap_or(u64::MAX),
+    }
+}
+
+fn virtio_entry(function: &VirtioFunction, memory: &MemoryHandle) -> DeviceManifest {
+    let features = function.device.lock().offered_features();
+    let compat = compat([(compat::FEATURES, format!("{features:#x}"))]);
+    let max_state = VirtioPciDevice::MAX_STATE_BYTES;
+    let entry = entry(&function.id, function.kind, compat, max_state);
+    let dirty_source = function
+        .vhost
+        .as_ref()
+        .map(|vhost| vhost.dirty_source(memory));
+    match dirty_source {
+        Some(Err(error)) => DeviceManifest {
+            migratable: Migratable::No {
+                reason: ErrorChain(&error).to_string(),
+                remedy: "give a vhost-user backend that runs and logs its writes, and boot with it"
+                    .into(),
+            },
+            ..entry
+        },
+        Some(Ok(_)) | None => entry,
     }
 }
 

@@ -179,8 +179,15 @@ fn dirty_sources(machine: &Machine) -> Vec<Box<dyn DirtySource>> {
     let vcpus = VcpuDirty::new(log, machine.slots(), &regions);
     let vmm = VmmWriteSource::new(machine.ram().handle().clone());
     let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(vcpus), Box::new(vmm)];
+    // One that cannot log is refused by the manifest, which says why.
+    let memory = machine.ram().handle();
+    let backends = machine.devices().virtio().iter();
+    for vhost in backends.filter_map(|function| function.vhost.as_ref()) {
+        if let Ok(source) = vhost.dirty_source(memory) {
+            sources.push(Box::new(source));
+        }
+    }
     for user in machine.devices().users() {
-        // One that cannot log is refused by the manifest, which says why.
         if let Ok(source) = user.device.dirty_source() {
             sources.push(Box::new(source));
         }

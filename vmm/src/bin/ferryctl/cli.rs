@@ -162,6 +162,10 @@ pub(crate) struct ReceiveDevices {
     /// The tap a virtio-net device has at the destination; may be repeated.
     #[arg(long, value_name = "ID@TAP")]
     pub(crate) net: Vec<Placed>,
+    /// The socket of the vhost-user backend a virtio-net device has at the destination; may be
+    /// repeated.
+    #[arg(long, value_name = "ID@SOCKET")]
+    pub(crate) net_socket: Vec<Placed>,
     /// The server's socket a passthrough device has at the destination; may be repeated.
     #[arg(long, value_name = "ID@SOCKET")]
     pub(crate) user_device: Vec<Placed>,
@@ -175,9 +179,15 @@ pub(crate) struct ReceiveDevices {
 
 impl ReceiveDevices {
     pub(crate) fn receive_config(&self, url: &str) -> ReceiveMigrationConfig {
-        let net = self.net.iter().map(|placed| ReceiveNetConfig {
+        let taps = self.net.iter().map(|placed| ReceiveNetConfig {
             id: placed.id.clone(),
-            tap: placed.place.clone(),
+            tap: Some(placed.place.clone()),
+            vhost_socket: None,
+        });
+        let sockets = self.net_socket.iter().map(|placed| ReceiveNetConfig {
+            id: placed.id.clone(),
+            tap: None,
+            vhost_socket: Some(PathBuf::from(&placed.place)),
         });
         let user_devices = self
             .user_device
@@ -188,7 +198,7 @@ impl ReceiveDevices {
             });
         ReceiveMigrationConfig {
             receiver_url: url.to_owned(),
-            net: net.collect(),
+            net: taps.chain(sockets).collect(),
             user_devices: user_devices.collect(),
             serial: self.serial.clone(),
             console: self.console.clone(),
@@ -283,14 +293,15 @@ mod tests {
     fn a_whole_migration_on_one_line() {
         let cli = parse(
             "migrate --from /a --to /b --url tcp:h:1 --net _net0@tap1 --net _net1@tap2 \
-             --user-device _user0@/nic --serial file=/log --downtime-ms 50 --max-bandwidth 10M --json",
+             --net-socket _net2@/vhost --user-device _user0@/nic --serial file=/log --downtime-ms 50 --max-bandwidth 10M --json",
         )
         .unwrap();
         let Verb::Migrate(order) = cli.verb else {
             panic!("{:?}", cli.verb);
         };
         let receive = order.devices.receive_config(&order.url).validate().unwrap();
-        assert_eq!(receive.net[1].tap, "tap2");
+        assert_eq!(receive.net[1].tap.as_deref(), Some("tap2"));
+        assert_eq!(receive.net[2].vhost_socket, Some(PathBuf::from("/vhost")));
         assert_eq!(receive.user_devices[0].socket, PathBuf::from("/nic"));
         let send = order.limits.send_config(&order.url);
         assert_eq!((send.downtime_ms, send.max_bandwidth), (50, Some(10 << 20)));
