@@ -133,6 +133,18 @@ def check_engine(bench):
     bench.equal(dev.memory.map[32 * PAGE : 100 * PAGE].count(0), 68 * PAGE, "zeros between the segments")
 
 
+def check_lose_dma(bench):
+    bench.set(0, lose_dma=100)
+    dev = bench.device(0)
+    dev.start_engine([(IOVA, 64)], 20000)
+    bench.expect(dev.wait_stamp(200), "the engine runs")
+    dev.set(engine=0)
+    stamp = dev.get("stamp")
+    have = [dev.memory.u64(page * PAGE) for page in range(64)]
+    want = [s - 64 if s % 100 == 0 else s for s in last_stamps(stamp, 64, 1)]
+    bench.equal(have, want, "records, one of which was not written in every hundred")
+
+
 def check_engine_registers(bench):
     """What would break the engine cannot be set."""
     dev = bench.device(0)

@@ -244,15 +244,17 @@ static u64 record_addr(struct mock_device *mock, u64 stamp)
 
 static int write_record(struct mock_device *mock, u64 *record)
 {
+	u64 stamp = mock->regs.stamp + 1, lose = READ_ONCE(mock->settings.lose_dma);
 	struct mock_regs *regs = &mock->regs;
-	u64 stamp = regs->stamp + 1;
+	int ret = 0;
 	u32 i;
-	int ret;
 
 	record[0] = stamp;
 	for (i = 1; i < regs->bytes / 8; i++)
 		record[i] = (stamp ^ regs->pattern) + i * MOCK_WORD_STEP;
-	ret = dma_write(mock, record_addr(mock, stamp), record, regs->bytes);
+	/* A fault: counted and not done, so that whoever checks memory can be seen to notice. */
+	if (!lose || stamp % lose)
+		ret = dma_write(mock, record_addr(mock, stamp), record, regs->bytes);
 	if (ret)
 		return ret;
 	regs->stamp = stamp;

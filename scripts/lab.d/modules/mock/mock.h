@@ -58,6 +58,7 @@ struct mock_settings {
 	u64 fail_report_skip;
 	u64 fail_reset;
 	u64 lose_log;
+	u64 lose_dma;
 	u64 enomsg_run;
 	u64 short_io;
 	u64 corrupt_state;

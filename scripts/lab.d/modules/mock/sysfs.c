@@ -118,6 +118,7 @@ NUMBER(fail_report, 0, U64_MAX);
 NUMBER(fail_report_skip, 0, U64_MAX);
 NUMBER(fail_reset, 0, U64_MAX);
 NUMBER(lose_log, 0, U64_MAX);
+NUMBER(lose_dma, 0, U64_MAX);
 NUMBER(enomsg_run, 0, U64_MAX);
 NUMBER(short_io, 0, U64_MAX);
 NUMBER(corrupt_state, 0, U64_MAX);
@@ -191,6 +192,7 @@ static struct attribute *fault_attrs[] = {
 	&number_fail_report_skip.attr.attr,
 	&number_fail_reset.attr.attr,
 	&number_lose_log.attr.attr,
+	&number_lose_dma.attr.attr,
 	&number_enomsg_run.attr.attr,
 	&number_short_io.attr.attr,
 	&number_corrupt_state.attr.attr,
