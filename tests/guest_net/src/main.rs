@@ -1,4 +1,5 @@
-//! The checker that runs inside a Linux guest: what the guest sees of its network and memory.
+//! The checker that runs inside a Linux guest: what the guest sees of its network, its memory,
+//! and a device's DMA.
 //!
 //! It is one static binary for an initramfs that has nothing else:
 //!
@@ -19,6 +20,7 @@ mod dirty;
 mod ethtool;
 mod flow;
 mod json;
+mod mock_dma;
 mod pattern;
 mod progress;
 mod rxhash;
@@ -43,6 +45,9 @@ udp-seq recv --listen ADDR:PORT [--count N] [--seconds S] [--idle S]
     Numbered packets: how many were lost or came twice, the longest gap.
 dirty --mib N [--rate MIB/S] [--seconds S]
     Writes memory with a known pattern, and checks that it stays.
+mock-dma [--pages N] [--rate PAGES/S] [--record BYTES] [--step PAGES] [--devices N]
+         [--peers true] [--seconds S]
+    Has the lab's mock DMA devices write pages and each other's mailboxes, and checks all of it.
 
 All output is JSON, one object per line. Status: 0 right, 1 wrong data, 2 failed.
 ";
@@ -74,6 +79,7 @@ fn run(mut args: Args) -> anyhow::Result<Verdict> {
             other => anyhow::bail!("udp-seq has no `{other}`: use send or recv"),
         },
         "dirty" => dirty::run(args),
+        "mock-dma" => mock_dma::run(args),
         other => anyhow::bail!("there is no command `{other}`\n{USAGE}"),
     }
 }
