@@ -220,6 +220,7 @@ def check_peer_reached(bench):
 
 def check_peer_states(bench):
     """In the P2P states no peer is written to; a write that comes too late is noticed."""
+    bench.set(0, p2p_ram_dma=1)
     space = bench.space()
     a, b = bench.device(0, space), bench.device(1, space)
     mailbox = b.map_region(2, PAGE)
@@ -232,6 +233,7 @@ def check_peer_states(bench):
     a.set_state(uapi.RUNNING_P2P)
     b.set_state(uapi.RUNNING_P2P)
     sent = a.get("peer_stamp")
+    bench.expect(a.wait_stamp(a.get("stamp") + 50), "the engine goes on in RUNNING_P2P")
     b.set_state(uapi.STOP)
     a.set_state(uapi.STOP)
     time.sleep(0.1)
