@@ -8,9 +8,9 @@ use pci::config::CONFIG_SPACE_SIZE;
 use rustix::io::Errno;
 use vfio_user::wire::{PCI_CONFIG_REGION, PCI_MSIX_IRQ, PCI_NUM_IRQS, PCI_NUM_REGIONS};
 use vfio_user::{
-    ArcFailure, Area, ClientMemory as ByMessage, DeviceFlags, DeviceInfo, DeviceState,
+    ArcFailure, Area, ClientMemory as ByMessage, DeviceFlags, DeviceInfo,
     DmaLogDevice, DmaMapping, IoEventFd, IrqAction, IrqData, IrqFlags, IrqInfo, IrqRequest,
-    MigrationDevice, MigrationFlags, RegionFlags, RegionInfo, ServerDevice,
+    MigrationDevice, MigrationFlags, RegionFlags, RegionInfo, ServerDevice, StateArc,
 };
 use virtio_devices::{TransportError, VirtioDevice, VirtioPciDevice, VirtioPciParts};
 use vm_migration::{Pause, SaveRestore, StateError};
@@ -321,37 +321,36 @@ impl MigrationDevice for NicDevice {
         MigrationFlags::all()
     }
 
-    fn arc(&mut self, from: DeviceState, to: DeviceState) -> Result<(), ArcFailure> {
-        use DeviceState as S;
-        tracing::debug!(%from, %to, "migration state");
-        match (from, to) {
-            (S::Running | S::RunningP2p, S::PreCopy | S::PreCopyP2p) => self.begin_precopy(),
-            (S::PreCopy, S::Running) | (S::PreCopyP2p, S::RunningP2p) | (S::StopCopy, S::Stop) => {
+    fn arc(&mut self, arc: StateArc) -> Result<(), ArcFailure> {
+        tracing::debug!(%arc, "migration state");
+        match arc {
+            StateArc::RunningToPreCopy | StateArc::RunningP2pToPreCopyP2p => self.begin_precopy(),
+            StateArc::PreCopyToRunning
+            | StateArc::PreCopyP2pToRunningP2p
+            | StateArc::StopCopyToStop => {
                 self.outgoing.clear();
                 Ok(())
             }
             // It does no peer-to-peer DMA, so there is none to stop.
-            (S::Running, S::RunningP2p)
-            | (S::RunningP2p, S::Running)
-            | (S::PreCopy, S::PreCopyP2p)
-            | (S::PreCopyP2p, S::PreCopy) => Ok(()),
-            (S::RunningP2p, S::Stop) => self.halt(),
-            (S::Stop, S::RunningP2p) => self.go_on(),
-            (S::PreCopyP2p, S::StopCopy) => {
+            StateArc::RunningToRunningP2p
+            | StateArc::RunningP2pToRunning
+            | StateArc::PreCopyToPreCopyP2p
+            | StateArc::PreCopyP2pToPreCopy => Ok(()),
+            StateArc::RunningP2pToStop | StateArc::RunningToStop => self.halt(),
+            StateArc::StopToRunningP2p | StateArc::StopToRunning => self.go_on(),
+            StateArc::PreCopyP2pToStopCopy | StateArc::PreCopyToStopCopy => {
                 self.halt()?;
                 self.begin_stop_copy()
             }
-            (S::Stop, S::StopCopy) => {
+            StateArc::StopToStopCopy => {
                 self.outgoing.clear();
                 self.begin_stop_copy()
             }
-            (S::Stop, S::Resuming) => {
+            StateArc::StopToResuming => {
                 self.incoming = Incoming::default();
                 Ok(())
             }
-            (S::Resuming, S::Stop) => self.loaded(),
-            // The server asks for arcs of the table only.
-            _ => Err(ArcFailure::Unchanged(Errno::INVAL)),
+            StateArc::ResumingToStop => self.loaded(),
         }
     }
 

@@ -14,7 +14,7 @@ use vfio_user::wire::{HEADER_SIZE, Header, MAX_DATA_XFER, TYPE_REPLY};
 use vfio_user::{
     ArcFailure, Area, ClientMemory, DeviceFlags, DeviceInfo, DeviceState, DmaLogDevice, DmaMapping,
     Errno, IoEventFd, IrqData, IrqFlags, IrqInfo, IrqRequest, MigrationDevice, MigrationFlags,
-    RegionFlags, RegionInfo, ServerDevice,
+    RegionFlags, RegionInfo, ServerDevice, StateArc,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -136,13 +136,10 @@ impl MigrationDevice for Device {
         self.flags
     }
 
-    fn arc(&mut self, from: DeviceState, to: DeviceState) -> Result<(), ArcFailure> {
+    fn arc(&mut self, arc: StateArc) -> Result<(), ArcFailure> {
+        let (from, to) = arc.ends();
         assert_eq!(from, self.state, "arcs follow each other");
-        assert!(from != to && to != DeviceState::Error);
-        let p2p = matches!(to, DeviceState::RunningP2p | DeviceState::PreCopyP2p);
-        let early = matches!(to, DeviceState::PreCopy | DeviceState::PreCopyP2p);
-        assert!(!p2p || self.flags.contains(MigrationFlags::P2P));
-        assert!(!early || self.flags.contains(MigrationFlags::PRE_COPY));
+        assert!(arc.exists_with(self.flags), "{arc} with {:?}", self.flags);
         self.state = to;
         Ok(())
     }

@@ -232,8 +232,9 @@ impl Backend for FakeBackend {
         let mut seen = self.seen.lock();
         let refuse = seen.refuse.clone();
         let mut path = Vec::new();
-        let result = seen.machine.transition(state, |_, to| {
+        let result = seen.machine.transition(state, |arc| {
             use vfio_user::{ArcFailure, Errno};
+            let (_, to) = arc.ends();
             match refuse.iter().find(|entry| entry.0 == to) {
                 Some((_, true)) => Err(ArcFailure::Broken(Errno::IO)),
                 Some((_, false)) => Err(ArcFailure::Unchanged(Errno::IO)),

@@ -51,7 +51,9 @@ pub use server::{
     ClientMemory, DmaLogDevice, DmaMapping, IrqAction, IrqData, IrqRequest, MigrationDevice,
     Server, ServerDevice, ServerError, Stopper, serve,
 };
-pub use state::{ArcFailure, DeviceState, Machine, MigrationFlags, StateError};
+pub use state::{
+    ArcFailure, DataSession, DeviceState, Machine, MigrationFlags, StateArc, StateError,
+};
 pub use transport::TransportError;
 pub use version::{Capabilities, MigrationCapability, VersionError};
 pub use wire::{Command, DeviceFlags, DmaFlags, Feature, IrqFlags, RegionFlags};

@@ -20,7 +20,7 @@ use zerocopy::IntoBytes;
 
 use crate::link::{Expect, Link, LinkFault, Outgoing, RequestError};
 use crate::region::{Area, DeviceInfo, IoEventFd, IrqInfo, RegionInfo};
-use crate::state::{ArcFailure, DeviceState, MigrationFlags};
+use crate::state::{ArcFailure, MigrationFlags, StateArc};
 use crate::version::VersionError;
 use crate::wire::{Command, DmaAccessMsg, DmaFlags, MAX_DATA_XFER, split};
 
@@ -153,8 +153,8 @@ pub trait ServerDevice: Send {
 pub trait MigrationDevice {
     /// What it can.
     fn flags(&self) -> MigrationFlags;
-    /// Goes from one state to a neighbouring one. Complete on return.
-    fn arc(&mut self, from: DeviceState, to: DeviceState) -> Result<(), ArcFailure>;
+    /// Goes over one arc. Complete on return.
+    fn arc(&mut self, arc: StateArc) -> Result<(), ArcFailure>;
     /// Reads migration data in a saving state; fewer bytes than asked for mean that there is no
     /// more now (pre-copy) or at all (stop-copy).
     fn read_data(&mut self, data: &mut [u8]) -> Result<usize, Errno>;

@@ -1,12 +1,16 @@
 //! Device states of migration v2 and the ways between them.
 //!
-//! A device is in one [`DeviceState`]. A state asked for is reached over *arcs* that a device
-//! implements one by one; which arc comes next is the kernel's table
+//! A device is in one [`DeviceState`]. A state asked for is reached over arcs ([`StateArc`]) that a
+//! device implements one by one; which arc comes next is the kernel's table
 //! (`vfio_mig_get_next_state`), kept here for both ends: a server walks it with [`Machine`], a
 //! client can ask [`path`] what a request will do.
 
+mod arcs;
+
 use bitflags::bitflags;
 use rustix::io::Errno;
+
+pub use arcs::{DataSession, StateArc};
 
 /// Migration state (`enum vfio_device_mig_state`).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -116,6 +120,16 @@ bitflags! {
         /// PRE_COPY.
         const PRE_COPY = 4;
     }
+}
+
+impl MigrationFlags {
+    /// The four sets of features that a device can have.
+    pub const LEGAL: [Self; 4] = [
+        Self::STOP_COPY,
+        Self::STOP_COPY.union(Self::P2P),
+        Self::STOP_COPY.union(Self::PRE_COPY),
+        Self::all(),
+    ];
 }
 
 /// Why a state cannot be reached.
@@ -291,26 +305,28 @@ impl Machine {
         self.state = DeviceState::Running;
     }
 
-    /// Goes to `to`, calling `arc(from, to)` for each step. On failure the device is where the
-    /// last good arc left it, or in `Error`.
+    /// Goes to `to`, calling `arc` for each step. On failure the device is where the last good arc
+    /// left it, or in `Error`.
     ///
     /// # Errors
     /// [`StateError`].
     pub fn transition(
         &mut self,
         to: DeviceState,
-        mut arc: impl FnMut(DeviceState, DeviceState) -> Result<(), ArcFailure>,
+        mut arc: impl FnMut(StateArc) -> Result<(), ArcFailure>,
     ) -> Result<(), StateError> {
+        let refused = StateError::NoPath {
+            from: self.state,
+            to,
+            flags: self.flags,
+        };
         if to == DeviceState::Error || self.state == DeviceState::Error {
-            return Err(StateError::NoPath {
-                from: self.state,
-                to,
-                flags: self.flags,
-            });
+            return Err(refused);
         }
         while self.state != to {
             let next = next_hop(self.state, to, self.flags)?;
-            match arc(self.state, next) {
+            let step = StateArc::between(self.state, next).ok_or(refused)?;
+            match arc(step) {
                 Ok(()) => self.state = next,
                 Err(failure) => {
                     let errno = match failure {

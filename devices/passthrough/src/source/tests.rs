@@ -134,7 +134,7 @@ fn a_paused_device_moves_without_running_again() {
         .seen
         .lock()
         .machine
-        .transition(DeviceState::Stop, |_, _| Ok(()))
+        .transition(DeviceState::Stop, |_| Ok(()))
         .unwrap();
     let mut source = nic.state_source().unwrap();
     source.start_precopy().unwrap();

@@ -92,7 +92,7 @@ impl Session<'_> {
         let migration = self.device.migration().ok_or(Errno::NOTTY)?;
         let before = machine.state();
         machine
-            .transition(target, |from, to| migration.arc(from, to))
+            .transition(target, |arc| migration.arc(arc))
             .map_err(|error| {
                 tracing::warn!(%error, from = %before, to = %target, "state not reached");
                 error.errno()

@@ -103,8 +103,7 @@ fn next_hops_with_stop_copy_only() {
 
 #[test]
 fn every_path_ends_and_never_reads_data_on_the_way() {
-    let sets = [1, 3, 5, 7].map(MigrationFlags::from_bits_retain);
-    for flags in sets {
+    for flags in MigrationFlags::LEGAL {
         for from in DeviceState::ALL {
             for to in DeviceState::ALL {
                 let Ok(states) = path(from, to, flags) else {
@@ -161,20 +160,20 @@ fn a_failed_arc_leaves_the_machine_where_it_got_to() {
     use DeviceState as S;
     let mut machine = Machine::new(MigrationFlags::all());
     let error = machine
-        .transition(S::StopCopy, |_, to| match to {
-            S::Stop => Err(ArcFailure::Unchanged(Errno::BUSY)),
+        .transition(S::StopCopy, |arc| match arc {
+            StateArc::RunningP2pToStop => Err(ArcFailure::Unchanged(Errno::BUSY)),
             _ => Ok(()),
         })
         .unwrap_err();
     assert_eq!(machine.state(), S::RunningP2p);
     assert_eq!(error.errno(), Errno::BUSY);
-    machine.transition(S::Running, |_, _| Ok(())).unwrap();
+    machine.transition(S::Running, |_| Ok(())).unwrap();
 
     machine
-        .transition(S::Stop, |_, _| Err(ArcFailure::Broken(Errno::IO)))
+        .transition(S::Stop, |_| Err(ArcFailure::Broken(Errno::IO)))
         .unwrap_err();
     assert_eq!(machine.state(), S::Error);
-    let error = machine.transition(S::Running, |_, _| Ok(())).unwrap_err();
+    let error = machine.transition(S::Running, |_| Ok(())).unwrap_err();
     assert_eq!(error.errno(), Errno::INVAL);
     machine.reset();
     assert_eq!(machine.state(), S::Running);
@@ -185,8 +184,110 @@ fn error_cannot_be_asked_for() {
     let mut machine = Machine::new(MigrationFlags::all());
     assert!(
         machine
-            .transition(DeviceState::Error, |_, _| Ok(()))
+            .transition(DeviceState::Error, |_| Ok(()))
             .is_err()
     );
     assert_eq!(machine.state(), DeviceState::Running);
+}
+
+/// The uAPI's list of arcs; `+` begins a data session, `-` ends it, `=` goes on with it.
+const ARCS_WITH_P2P: &str = "ST>RP ST>SC+ ST>RE+ RU>RP RU>PC+ RP>RU RP>ST RP>PP+ PC>RU- PC>PP= \
+                             PP>RP- PP>PC= PP>SC= SC>ST- RE>ST-";
+const ARCS_WITHOUT_P2P: &str = "ST>RU ST>SC+ ST>RE+ RU>ST RU>PC+ PC>RU- PC>SC= SC>ST- RE>ST-";
+
+#[test]
+fn the_arcs_are_those_of_the_uapi() {
+    for flags in MigrationFlags::LEGAL {
+        let list = match flags.contains(MigrationFlags::P2P) {
+            true => ARCS_WITH_P2P,
+            false => ARCS_WITHOUT_P2P,
+        };
+        let precopy = flags.contains(MigrationFlags::PRE_COPY);
+        let mut expected = Vec::new();
+        for word in list.split_whitespace() {
+            let session = match word.as_bytes().get(5) {
+                Some(b'+') => DataSession::Begins,
+                Some(b'-') => DataSession::Ends,
+                Some(b'=') => DataSession::GoesOn,
+                _ => DataSession::Absent,
+            };
+            let ends = (named(&word[..2]), named(&word[3..5]));
+            if precopy || !(word.contains("PC") || word.contains("PP")) {
+                expected.push((ends, session));
+            }
+        }
+        let mut found: Vec<_> = StateArc::ALL
+            .into_iter()
+            .filter(|arc| arc.exists_with(flags))
+            .map(|arc| (arc.ends(), arc.session()))
+            .collect();
+        let key = |entry: &((DeviceState, DeviceState), _)| (entry.0.0.number(), entry.0.1.number());
+        found.sort_by_key(key);
+        expected.sort_by_key(key);
+        assert_eq!(found, expected, "{flags:?}");
+    }
+    for flags in [0, 2, 4, 6].map(MigrationFlags::from_bits_retain) {
+        let none = StateArc::ALL.into_iter().find(|arc| arc.exists_with(flags));
+        assert_eq!(none, None, "{flags:?} are not legal");
+    }
+}
+
+#[test]
+fn the_table_leads_over_arcs_the_device_has_and_over_all_of_them() {
+    for flags in MigrationFlags::LEGAL {
+        let mut used = std::collections::HashSet::new();
+        for from in DeviceState::ALL {
+            for to in DeviceState::ALL {
+                let mut at = from;
+                for next in path(from, to, flags).unwrap_or_default() {
+                    let arc = StateArc::between(at, next).unwrap();
+                    assert!(arc.exists_with(flags), "{arc} with {flags:?}");
+                    used.insert(arc);
+                    at = next;
+                }
+            }
+        }
+        let all = StateArc::ALL.into_iter();
+        let missing: Vec<_> = all
+            .filter(|arc| arc.exists_with(flags) && !used.contains(arc))
+            .collect();
+        assert_eq!(missing, [], "{flags:?}");
+    }
+}
+
+/// Whatever fails on whichever way, the machine is where the last good arc ended or broken, and a
+/// reset mends it.
+#[test]
+fn every_fault_of_every_arc_is_accounted_for() {
+    for flags in MigrationFlags::LEGAL {
+        for from in DeviceState::ALL.into_iter().filter(|state| *state != DeviceState::Error) {
+            for to in DeviceState::ALL {
+                let Ok(states) = path(from, to, flags) else {
+                    continue;
+                };
+                for (number, failing) in states.iter().enumerate() {
+                    for broken in [false, true] {
+                        let mut machine = Machine { flags, state: from };
+                        let mut steps = 0;
+                        let failed = machine.transition(to, |_| {
+                            steps += 1;
+                            match (steps == number + 1, broken) {
+                                (false, _) => Ok(()),
+                                (true, false) => Err(ArcFailure::Unchanged(Errno::BUSY)),
+                                (true, true) => Err(ArcFailure::Broken(Errno::BUSY)),
+                            }
+                        });
+                        let before = number.checked_sub(1).map_or(from, |last| states[last]);
+                        let at = if broken { DeviceState::Error } else { before };
+                        let to = *failing;
+                        let errno = Errno::BUSY;
+                        assert_eq!(failed, Err(StateError::Arc { at, to, errno }));
+                        assert_eq!(machine.state(), at);
+                        machine.reset();
+                        assert_eq!(machine.state(), DeviceState::Running);
+                    }
+                }
+            }
+        }
+    }
 }

@@ -14,7 +14,7 @@ use vfio_user::{
     ArcFailure, Area, Client, ClientConfig, ClientMemory, DeviceFlags, DeviceInfo, DeviceState,
     DmaLogDevice, DmaMapping, Errno, IoEventFd, IrqAction, IrqData, IrqFlags, IrqInfo, IrqRequest,
     MigrationDevice, MigrationFlags, RegionFlags, RegionInfo, RegionMapping, ServerDevice,
-    ServerError,
+    ServerError, StateArc,
 };
 
 pub(crate) const REGION_SIZE: u64 = 3 << 20;
@@ -253,10 +253,10 @@ impl MigrationDevice for FakeDevice {
         MigrationFlags::all()
     }
 
-    fn arc(&mut self, from: DeviceState, to: DeviceState) -> Result<(), ArcFailure> {
+    fn arc(&mut self, arc: StateArc) -> Result<(), ArcFailure> {
         self.check().map_err(ArcFailure::Unchanged)?;
-        self.shared.lock().arcs.push((from, to));
-        if from == DeviceState::Resuming && self.shared.lock().loaded.starts_with(b"bad") {
+        self.shared.lock().arcs.push(arc.ends());
+        if arc == StateArc::ResumingToStop && self.shared.lock().loaded.starts_with(b"bad") {
             return Err(ArcFailure::Broken(Errno::BADMSG));
         }
         self.read_at = 0;
