@@ -8,9 +8,9 @@ use pci::config::CONFIG_SPACE_SIZE;
 use rustix::io::Errno;
 use vfio_user::wire::{PCI_CONFIG_REGION, PCI_MSIX_IRQ, PCI_NUM_IRQS, PCI_NUM_REGIONS};
 use vfio_user::{
-    ArcFailure, Area, ClientMemory as ByMessage, DeviceFlags, DeviceInfo,
-    DmaLogDevice, DmaMapping, IoEventFd, IrqAction, IrqData, IrqFlags, IrqInfo, IrqRequest,
-    MigrationDevice, MigrationFlags, RegionFlags, RegionInfo, ServerDevice, StateArc,
+    ArcFailure, Area, ClientMemory as ByMessage, DeviceFlags, DeviceInfo, DmaLogDevice, DmaMapping,
+    IoEventFd, IrqAction, IrqData, IrqFlags, IrqInfo, IrqRequest, MigrationDevice, MigrationFlags,
+    PrecopyInfo, RegionFlags, RegionInfo, ServerDevice, StateArc,
 };
 use virtio_devices::{TransportError, VirtioDevice, VirtioPciDevice, VirtioPciParts};
 use vm_migration::{Pause, SaveRestore, StateError};
@@ -374,6 +374,15 @@ impl MigrationDevice for NicDevice {
         Ok(match self.stopped {
             true => unread,
             false => self.last_size.saturating_add(unread),
+        })
+    }
+
+    /// The first cut is all there is: what changes after it is in the final record.
+    fn precopy_info(&mut self) -> Result<PrecopyInfo, Errno> {
+        Ok(PrecopyInfo {
+            initial_bytes: u64::try_from(self.outgoing.left()).unwrap_or(u64::MAX),
+            dirty_bytes: 0,
+            reinit: false,
         })
     }
 }

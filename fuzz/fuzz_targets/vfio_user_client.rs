@@ -105,6 +105,7 @@ fn ask_all(client: &Client) {
     let _ = client.migration_flags();
     let _ = client.device_state();
     let _ = client.stop_copy_size();
+    let _ = client.precopy_info();
     if let Ok(got) = client.read_migration_data(&mut [0; 40]) {
         assert!(got <= 40);
     }

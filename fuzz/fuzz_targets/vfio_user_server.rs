@@ -14,7 +14,7 @@ use vfio_user::wire::{HEADER_SIZE, Header, MAX_DATA_XFER, TYPE_REPLY};
 use vfio_user::{
     ArcFailure, Area, ClientMemory, DeviceFlags, DeviceInfo, DeviceState, DmaLogDevice, DmaMapping,
     Errno, IoEventFd, IrqData, IrqFlags, IrqInfo, IrqRequest, MigrationDevice, MigrationFlags,
-    RegionFlags, RegionInfo, ServerDevice, StateArc,
+    PrecopyInfo, RegionFlags, RegionInfo, ServerDevice, StateArc,
 };
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -156,6 +156,12 @@ impl MigrationDevice for Device {
 
     fn stop_copy_size(&mut self) -> Result<u64, Errno> {
         Ok(1)
+    }
+
+    fn precopy_info(&mut self) -> Result<PrecopyInfo, Errno> {
+        let precopy = matches!(self.state, DeviceState::PreCopy | DeviceState::PreCopyP2p);
+        assert!(precopy, "asked in {}", self.state);
+        Ok(PrecopyInfo::default())
     }
 }
 

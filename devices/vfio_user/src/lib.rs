@@ -14,8 +14,9 @@
 //!
 //! Migration is VFIO's version 2: [`DeviceState`] and the table of arcs in [`state`], stop-copy,
 //! pre-copy and peer-to-peer states, and the log of pages a device wrote (DMA logging). One
-//! extension: the estimate of stop-copy data (`MIG_DATA_SIZE`) by the kernel's feature number,
-//! which a server that does not know it refuses with ENOTTY.
+//! extension: the estimate of stop-copy data (`MIG_DATA_SIZE`) and the figures of pre-copy
+//! (`struct vfio_precopy_info`) by the kernel's feature numbers, which a server that does not know
+//! them refuses with ENOTTY.
 //!
 //! ```
 //! use std::os::unix::net::UnixStream;
@@ -52,7 +53,8 @@ pub use server::{
     Server, ServerDevice, ServerError, Stopper, serve,
 };
 pub use state::{
-    ArcFailure, DataSession, DeviceState, Machine, MigrationFlags, StateArc, StateError,
+    ArcFailure, DataSession, DeviceState, Machine, MigrationFlags, PrecopyInfo, StateArc,
+    StateError,
 };
 pub use transport::TransportError;
 pub use version::{Capabilities, MigrationCapability, VersionError};

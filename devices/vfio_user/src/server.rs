@@ -20,7 +20,7 @@ use zerocopy::IntoBytes;
 
 use crate::link::{Expect, Link, LinkFault, Outgoing, RequestError};
 use crate::region::{Area, DeviceInfo, IoEventFd, IrqInfo, RegionInfo};
-use crate::state::{ArcFailure, MigrationFlags, StateArc};
+use crate::state::{ArcFailure, MigrationFlags, PrecopyInfo, StateArc};
 use crate::version::VersionError;
 use crate::wire::{Command, DmaAccessMsg, DmaFlags, MAX_DATA_XFER, split};
 
@@ -160,8 +160,11 @@ pub trait MigrationDevice {
     fn read_data(&mut self, data: &mut [u8]) -> Result<usize, Errno>;
     /// Takes migration data in RESUMING.
     fn write_data(&mut self, data: &[u8]) -> Result<(), Errno>;
-    /// Estimate of the bytes that are left to read once it is stopped.
+    /// Estimate of the bytes that are left to read if it is stopped now, those that could be read
+    /// before included.
     fn stop_copy_size(&mut self) -> Result<u64, Errno>;
+    /// What there is to read in PRE_COPY and PRE_COPY_P2P, the only states in which it is asked.
+    fn precopy_info(&mut self) -> Result<PrecopyInfo, Errno>;
 }
 
 /// The dirty log of a device's DMA writes.

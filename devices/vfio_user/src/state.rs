@@ -132,6 +132,17 @@ impl MigrationFlags {
     ];
 }
 
+/// What there is to read of a device in PRE_COPY (`struct vfio_precopy_info`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct PrecopyInfo {
+    /// Bytes left of what the destination should have before the device is stopped.
+    pub initial_bytes: u64,
+    /// Bytes besides, which changed after they were read.
+    pub dirty_bytes: u64,
+    /// Since the last question the device has begun anew: there are initial bytes again.
+    pub reinit: bool,
+}
+
 /// Why a state cannot be reached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum StateError {

@@ -441,6 +441,11 @@ pub enum Feature {
     /// Estimate of the stop-copy data (GET). The kernel's number and structure; other vfio-user
     /// servers answer ENOTTY.
     MigDataSize = 9,
+    /// What there is to read while the device runs (GET). The kernel's number and structure
+    /// (`struct vfio_precopy_info`), but the kernel gives it by an ioctl on the data's descriptor,
+    /// with this feature only to allow [`PRECOPY_INFO_REINIT`]. Other vfio-user servers answer
+    /// ENOTTY.
+    MigPrecopyInfo = 12,
 }
 
 impl Feature {
@@ -453,6 +458,7 @@ impl Feature {
             7 => Self::DmaLoggingStop,
             8 => Self::DmaLoggingReport,
             9 => Self::MigDataSize,
+            12 => Self::MigPrecopyInfo,
             _ => return None,
         })
     }
@@ -490,6 +496,23 @@ pub struct MigStateMsg {
     pub device_state: u32,
     /// Not used over a socket; -1.
     pub data_fd: i32,
+}
+
+/// `VFIO_PRECOPY_INFO_REINIT` in [`PrecopyInfoMsg::flags`].
+pub const PRECOPY_INFO_REINIT: u32 = 1;
+
+/// Data of [`Feature::MigPrecopyInfo`] (`struct vfio_precopy_info`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct PrecopyInfoMsg {
+    /// Size of this structure.
+    pub argsz: u32,
+    /// [`PRECOPY_INFO_REINIT`].
+    pub flags: u32,
+    /// Bytes left of what should be moved before the device is stopped.
+    pub initial_bytes: u64,
+    /// Bytes that changed after they were read.
+    pub dirty_bytes: u64,
 }
 
 /// Data of [`Feature::DmaLoggingStart`]; [`AreaMsg`]s follow. (The kernel has a pointer instead.)

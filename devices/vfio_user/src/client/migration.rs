@@ -5,11 +5,11 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::{Client, ClientError, fixed};
 use crate::link::Outgoing;
 use crate::region::{Area, Malformed};
-use crate::state::{DeviceState, MigrationFlags};
+use crate::state::{DeviceState, MigrationFlags, PrecopyInfo};
 use crate::wire::{
     AreaMsg, Command, FEATURE_GET, FEATURE_PROBE, FEATURE_SET, Feature, FeatureMsg, LogReportMsg,
-    LogStartMsg, MAX_LOG_RANGES, MAX_REPORT_BITMAP, MigDataMsg, MigStateMsg, argsz, bitmap_bytes,
-    split,
+    LogStartMsg, MAX_LOG_RANGES, MAX_REPORT_BITMAP, MigDataMsg, MigStateMsg, PRECOPY_INFO_REINIT,
+    PrecopyInfoMsg, argsz, bitmap_bytes, split,
 };
 
 /// What to do with a feature.
@@ -151,6 +151,27 @@ impl Client {
             Err(ClientError::Refused { .. }) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// What there is to read of a device in PRE_COPY; `None` if the server does not tell (our
+    /// extension of vfio-user by the kernel's structure).
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn precopy_info(&self) -> Result<Option<PrecopyInfo>, ClientError> {
+        let room = size_of::<PrecopyInfoMsg>();
+        let feature = Feature::MigPrecopyInfo;
+        let got = self.feature(feature, FeatureOperation::Get, &[], room, structure);
+        let message: PrecopyInfoMsg = match got {
+            Ok(message) => message,
+            Err(ClientError::Refused { .. }) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        Ok(Some(PrecopyInfo {
+            initial_bytes: message.initial_bytes,
+            dirty_bytes: message.dirty_bytes,
+            reinit: message.flags & PRECOPY_INFO_REINIT != 0,
+        }))
     }
 
     /// Reads migration data; fewer bytes than `data` holds mean that there is no more, now

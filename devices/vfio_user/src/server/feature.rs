@@ -7,8 +7,8 @@ use crate::region::Area;
 use crate::state::DeviceState;
 use crate::wire::{
     AreaMsg, FEATURE_GET, FEATURE_MASK, FEATURE_PROBE, FEATURE_SET, Feature, FeatureMsg,
-    LogReportMsg, LogStartMsg, MAX_LOG_RANGES, MAX_REPORT_BITMAP, MigStateMsg, argsz, bitmap_bytes,
-    split,
+    LogReportMsg, LogStartMsg, MAX_LOG_RANGES, MAX_REPORT_BITMAP, MigStateMsg, PRECOPY_INFO_REINIT,
+    PrecopyInfoMsg, argsz, bitmap_bytes, split,
 };
 
 /// Smallest page size of a report, the kernel's rule too.
@@ -43,6 +43,7 @@ impl Session<'_> {
             (Feature::DmaLoggingStop, _) => self.log_stop()?,
             (Feature::DmaLoggingReport, _) => self.log_report(message.argsz, exact(data)?)?,
             (Feature::MigDataSize, _) => self.get_data_size()?,
+            (Feature::MigPrecopyInfo, _) => self.get_precopy_info()?,
         }
         let full = FeatureMsg {
             argsz: argsz(self.out.len() + size_of_val(self.words.as_slice())),
@@ -60,7 +61,9 @@ impl Session<'_> {
         let migrates = self.machine.is_some();
         let logs = self.device.dma_log().is_some();
         match feature {
-            Feature::Migration | Feature::MigDataSize => migrates.then_some(FEATURE_GET),
+            Feature::Migration | Feature::MigDataSize | Feature::MigPrecopyInfo => {
+                migrates.then_some(FEATURE_GET)
+            }
             Feature::MigDeviceState => migrates.then_some(FEATURE_GET | FEATURE_SET),
             Feature::DmaLoggingStart | Feature::DmaLoggingStop => logs.then_some(FEATURE_SET),
             Feature::DmaLoggingReport => logs.then_some(FEATURE_GET),
@@ -108,6 +111,25 @@ impl Session<'_> {
             .ok_or(Errno::NOTTY)?
             .stop_copy_size()?;
         self.put(&size);
+        Ok(())
+    }
+
+    fn get_precopy_info(&mut self) -> Result<(), Errno> {
+        let state = self.machine.as_ref().ok_or(Errno::NOTTY)?.state();
+        if !matches!(state, DeviceState::PreCopy | DeviceState::PreCopyP2p) {
+            return Err(Errno::INVAL);
+        }
+        let info = self
+            .device
+            .migration()
+            .ok_or(Errno::NOTTY)?
+            .precopy_info()?;
+        self.put(&PrecopyInfoMsg {
+            argsz: argsz(size_of::<PrecopyInfoMsg>()),
+            flags: if info.reinit { PRECOPY_INFO_REINIT } else { 0 },
+            initial_bytes: info.initial_bytes,
+            dirty_bytes: info.dirty_bytes,
+        });
         Ok(())
     }
 

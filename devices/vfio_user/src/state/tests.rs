@@ -182,11 +182,7 @@ fn a_failed_arc_leaves_the_machine_where_it_got_to() {
 #[test]
 fn error_cannot_be_asked_for() {
     let mut machine = Machine::new(MigrationFlags::all());
-    assert!(
-        machine
-            .transition(DeviceState::Error, |_| Ok(()))
-            .is_err()
-    );
+    assert!(machine.transition(DeviceState::Error, |_| Ok(())).is_err());
     assert_eq!(machine.state(), DeviceState::Running);
 }
 
@@ -221,7 +217,8 @@ fn the_arcs_are_those_of_the_uapi() {
             .filter(|arc| arc.exists_with(flags))
             .map(|arc| (arc.ends(), arc.session()))
             .collect();
-        let key = |entry: &((DeviceState, DeviceState), _)| (entry.0.0.number(), entry.0.1.number());
+        let key =
+            |entry: &((DeviceState, DeviceState), _)| (entry.0.0.number(), entry.0.1.number());
         found.sort_by_key(key);
         expected.sort_by_key(key);
         assert_eq!(found, expected, "{flags:?}");
@@ -260,7 +257,10 @@ fn the_table_leads_over_arcs_the_device_has_and_over_all_of_them() {
 #[test]
 fn every_fault_of_every_arc_is_accounted_for() {
     for flags in MigrationFlags::LEGAL {
-        for from in DeviceState::ALL.into_iter().filter(|state| *state != DeviceState::Error) {
+        for from in DeviceState::ALL
+            .into_iter()
+            .filter(|state| *state != DeviceState::Error)
+        {
             for to in DeviceState::ALL {
                 let Ok(states) = path(from, to, flags) else {
                     continue;

@@ -13,8 +13,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vfio_user::{
     ArcFailure, Area, Client, ClientConfig, ClientMemory, DeviceFlags, DeviceInfo, DeviceState,
     DmaLogDevice, DmaMapping, Errno, IoEventFd, IrqAction, IrqData, IrqFlags, IrqInfo, IrqRequest,
-    MigrationDevice, MigrationFlags, RegionFlags, RegionInfo, RegionMapping, ServerDevice,
-    ServerError, StateArc,
+    MigrationDevice, MigrationFlags, PrecopyInfo, RegionFlags, RegionInfo, RegionMapping,
+    ServerDevice, ServerError, StateArc,
 };
 
 pub(crate) const REGION_SIZE: u64 = 3 << 20;
@@ -281,6 +281,15 @@ impl MigrationDevice for FakeDevice {
     fn stop_copy_size(&mut self) -> Result<u64, Errno> {
         self.check()?;
         Ok(self.state.len() as u64)
+    }
+
+    fn precopy_info(&mut self) -> Result<PrecopyInfo, Errno> {
+        self.check()?;
+        Ok(PrecopyInfo {
+            initial_bytes: (self.state.len() - self.read_at) as u64,
+            dirty_bytes: 5,
+            reinit: self.read_at == 0,
+        })
     }
 }
 

@@ -10,7 +10,7 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vfio_user::client::FeatureOperation;
 use vfio_user::{
     Area, Client, ClientConfig, ClientError, DeviceFlags, DeviceState, DmaFlags, DmaHandler, Errno,
-    Feature, IrqAction, MigrationFlags,
+    Feature, IrqAction, MigrationFlags, PrecopyInfo,
 };
 
 fn refused<T>(result: Result<T, ClientError>) -> Errno {
@@ -201,7 +201,14 @@ fn a_device_migrates_to_another() {
         Errno::INVAL,
         "not while it just runs"
     );
+    assert_eq!(source.precopy_info().unwrap(), None);
     source.set_device_state(DeviceState::PreCopy).unwrap();
+    let info = PrecopyInfo {
+        initial_bytes: 3_000_000,
+        dirty_bytes: 5,
+        reinit: true,
+    };
+    assert_eq!(source.precopy_info().unwrap(), Some(info));
     source.set_device_state(DeviceState::StopCopy).unwrap();
     assert_eq!(refused(target.write_migration_data(b"x")), Errno::INVAL);
     target.set_device_state(DeviceState::Resuming).unwrap();
@@ -271,6 +278,7 @@ fn features_can_be_probed() {
         (Feature::DmaLoggingStop, false, true),
         (Feature::DmaLoggingReport, true, false),
         (Feature::MigDataSize, true, false),
+        (Feature::MigPrecopyInfo, true, false),
     ] {
         assert_eq!(client.probe_feature(feature, Get).unwrap(), get);
         assert_eq!(client.probe_feature(feature, Set).unwrap(), set);
