@@ -71,6 +71,14 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// `vm: migration-device-reset`, at the source: the migration failed, and a device did not come
+    /// back and was reset. It runs; its driver in the guest has to set it up anew.
+    MigrationDeviceReset {
+        /// The device's id.
+        id: String,
+        /// Why it did not come back.
+        reason: String,
+    },
     /// `vm: migration-finished`, at the source: the VM runs at the destination.
     MigrationFinished,
     /// `vm: migration-failed`, at the source: the VM runs on here, unless the reason says else.
@@ -131,6 +139,7 @@ impl Event {
             | Self::MigrationStarted
             | Self::MigrationMemoryIteration { .. }
             | Self::MigrationDirtyLogRestarted { .. }
+            | Self::MigrationDeviceReset { .. }
             | Self::MigrationFinished
             | Self::MigrationFailed { .. }
             | Self::MigrationReceiveReady
@@ -159,6 +168,7 @@ impl Event {
             Self::MigrationStarted => "migration-started",
             Self::MigrationMemoryIteration { .. } => "migration-memory-iteration",
             Self::MigrationDirtyLogRestarted { .. } => "migration-dirty-log-restarted",
+            Self::MigrationDeviceReset { .. } => "migration-device-reset",
             Self::MigrationFinished => "migration-finished",
             Self::MigrationFailed { .. } => "migration-failed",
             Self::MigrationReceiveReady => "migration-receive-ready",

@@ -46,6 +46,7 @@ enum Place {
     Fresh,
     Prepared,
     Loaded,
+    Awake,
     Running,
 }
 
@@ -54,6 +55,10 @@ struct Sink(&'static str, Place);
 impl StateSink for Sink {
     fn id(&self) -> &str {
         self.0
+    }
+
+    fn is_streamed(&self) -> bool {
+        self.0 == "b"
     }
 
     fn prepare(&mut self) -> Result<(), StateError> {
@@ -73,8 +78,14 @@ impl StateSink for Sink {
         Ok(())
     }
 
-    fn run(&mut self) -> Result<(), StateError> {
+    fn wake(&mut self) -> Result<(), StateError> {
         assert!(self.1 == Place::Loaded);
+        self.1 = Place::Awake;
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<(), StateError> {
+        assert!(self.1 == Place::Awake);
         self.1 = Place::Running;
         Ok(())
     }

@@ -79,6 +79,11 @@ impl<T: SaveRestore> StateSource for SnapshotSource<T> {
         &self.id
     }
 
+    /// It is a blob in memory.
+    fn is_streamed(&self) -> bool {
+        false
+    }
+
     /// Before the state is saved, the most it can be.
     fn size(&mut self) -> Result<StateSize, StateError> {
         let left = if self.blob.is_empty() {
@@ -88,6 +93,7 @@ impl<T: SaveRestore> StateSource for SnapshotSource<T> {
         };
         Ok(StateSize {
             precopy_bytes: 0,
+            initial_bytes: 0,
             stop_copy_bytes: u64::try_from(left).unwrap_or(u64::MAX),
         })
     }
@@ -129,6 +135,9 @@ impl<T: SaveRestore> StateSource for SnapshotSource<T> {
         self.sent = self.sent.saturating_add(count);
         Ok(count)
     }
+
+    /// It reaches no other part but through guest memory and the vCPUs.
+    fn wake(&mut self) {}
 
     fn abort(&mut self) -> Result<(), StateError> {
         self.blob = Vec::new();
@@ -184,6 +193,11 @@ impl<T: SaveRestore> StateSink for SnapshotSink<T> {
         &self.id
     }
 
+    /// It is a blob in memory.
+    fn is_streamed(&self) -> bool {
+        false
+    }
+
     /// The part was made before; there is no more to do.
     fn prepare(&mut self) -> Result<(), StateError> {
         Ok(())
@@ -204,6 +218,11 @@ impl<T: SaveRestore> StateSink for SnapshotSink<T> {
     fn finish_load(&mut self) -> Result<(), StateError> {
         let blob = std::mem::take(&mut self.blob);
         self.part.lock().restore(&blob)
+    }
+
+    /// It reaches no other part but through guest memory and the vCPUs.
+    fn wake(&mut self) -> Result<(), StateError> {
+        Ok(())
     }
 
     fn run(&mut self) -> Result<(), StateError> {

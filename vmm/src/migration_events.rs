@@ -23,6 +23,12 @@ pub fn tell(monitor: &EventMonitor, event: &MigrationEvent) {
                 reason: why.clone(),
             });
         }
+        MigrationEvent::DeviceReset { device, why } => {
+            monitor.tell(Event::MigrationDeviceReset {
+                id: device.clone(),
+                reason: why.clone(),
+            });
+        }
         MigrationEvent::Phase(side) => {
             let (end, phase) = match side {
                 Side::Source(phase) => (event_monitor::Side::Source, phase.name()),
@@ -99,6 +105,10 @@ mod tests {
                 source: "nic0".to_owned(),
                 why: "EIO".to_owned(),
             },
+            MigrationEvent::DeviceReset {
+                device: "nic1".to_owned(),
+                why: "EBUSY".to_owned(),
+            },
             MigrationEvent::Phase(Side::Source(aborted)),
             MigrationEvent::Phase(Side::Destination(DestinationPhase::Running)),
         ] {
@@ -120,6 +130,7 @@ mod tests {
                 r#"migration-phase {"phase":"precopy","side":"source"}"#,
                 r#"migration-memory-iteration {"bytes":"5000","dirty_pages":"3","id":"1","took_ms":"7"}"#,
                 r#"migration-dirty-log-restarted {"id":"nic0","reason":"EIO"}"#,
+                r#"migration-device-reset {"id":"nic1","reason":"EBUSY"}"#,
                 r#"migration-phase {"phase":"aborted","side":"source"}"#,
                 r#"migration-failed {"reason":"cut"}"#,
                 r#"migration-phase {"phase":"running","side":"destination"}"#,

@@ -6,7 +6,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use vfio_user::{DeviceInfo, DeviceState, IoEventFd, MigrationFlags, RegionInfo};
+use vfio_user::{DeviceInfo, DeviceState, IoEventFd, MigrationFlags, PrecopyInfo, RegionInfo};
 use vm_migration::{IovaRange, PageSize, RamRegion};
 
 /// Why a device did not do what it was asked.
@@ -61,9 +61,14 @@ pub trait Backend: Send + Sync {
     /// Brings it to `state`, over as many arcs as it takes. After an error it may be in any state
     /// on the way.
     fn set_state(&self, state: DeviceState) -> Result<(), BackendError>;
-    /// Estimate in bytes of the data there is to read once it is stopped; `None` if unknown.
+    /// What there is to read in PRE_COPY and PRE_COPY_P2P, the only states in which it is asked;
+    /// `None` if unknown.
+    fn precopy_info(&self) -> Result<Option<PrecopyInfo>, BackendError>;
+    /// Estimate in bytes of the data there is to read if it is stopped now, what can be read before
+    /// included; `None` if unknown.
     fn stop_copy_size(&self) -> Result<Option<u64>, BackendError>;
-    /// Reads migration data; 0 means that there is no more, now (PRE_COPY) or at all (STOP_COPY).
+    /// Reads migration data; 0 means that there is no more, now (PRE_COPY) or at all (STOP_COPY,
+    /// where "no more now" is an error: the state would be cut short).
     fn read_data(&self, data: &mut [u8]) -> Result<usize, BackendError>;
     /// Writes all of `data` to a resuming device.
     fn write_data(&self, data: &[u8]) -> Result<(), BackendError>;

@@ -9,10 +9,10 @@ use parking_lot::Mutex;
 use pci::config::offset;
 use pci::{BarInfo, Doorbell, PciDevice};
 use vfio_user::wire::PCI_CONFIG_REGION;
-use vfio_user::{DeviceState, IoEventFd, MigrationFlags, RegionMapping};
+use vfio_user::{IoEventFd, MigrationFlags, RegionMapping};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vm_migration::memory::GuestMemory;
-use vm_migration::{Gpa, Pause, RamRegion, StateError, Translated};
+use vm_migration::{Gpa, RamRegion, StateError, Translated};
 
 use crate::backend::{Backend, BackendError};
 use crate::dirty::PassthroughDirty;
@@ -284,6 +284,12 @@ impl Inner {
             })
     }
 
+    /// Whether its migration has this feature.
+    pub(crate) fn has(&self, feature: MigrationFlags) -> bool {
+        let flags = self.profile.migration;
+        flags.is_some_and(|flags| flags.contains(feature))
+    }
+
     /// The RAM the device may access.
     pub(crate) fn mapped(&self) -> Vec<RamRegion> {
         self.mapped.lock().clone()
@@ -391,6 +397,21 @@ impl Inner {
         let at = msix.capability.saturating_add(2);
         let control = self.front.lock().config.u16(at).to_le_bytes();
         self.device_write(PCI_CONFIG_REGION, u64::from(at), &control);
+    }
+
+    /// Gives the device the eventfds of its interrupts, again.
+    pub(crate) fn send_eventfds(&self) -> Result<(), BackendError> {
+        let lines: Vec<_> = match &self.front.lock().msix {
+            Some(msix) => (0..msix.vectors())
+                .filter_map(|vector| msix.line(vector).cloned())
+                .collect(),
+            None => return Ok(()),
+        };
+        let eventfds: Vec<_> = lines
+            .iter()
+            .map(|line| crate::fd::borrow(line.eventfd()))
+            .collect();
+        self.backend.set_msix(&eventfds)
     }
 
     /// Makes the device agree with a front that was restored.
@@ -539,20 +560,6 @@ impl PciDevice for Passthrough {
             }
         }
         doorbells
-    }
-}
-
-impl Pause for Passthrough {
-    fn pause(&mut self) -> Result<(), StateError> {
-        self.inner.flags()?;
-        let stopped = self.inner.backend.set_state(DeviceState::Stop);
-        stopped.map_err(|cause| self.inner.failed("pause", cause))
-    }
-
-    fn resume(&mut self) -> Result<(), StateError> {
-        self.inner.flags()?;
-        let running = self.inner.backend.set_state(DeviceState::Running);
-        running.map_err(|cause| self.inner.failed("resume", cause))
     }
 }
 

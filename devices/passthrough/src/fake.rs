@@ -9,8 +9,8 @@ use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use vfio_user::wire::PCI_CONFIG_REGION;
 use vfio_user::{
-    Area, DeviceFlags, DeviceInfo, DeviceState, IoEventFd, Machine, MigrationFlags, RegionFlags,
-    RegionInfo, RegionMapping,
+    Area, DeviceFlags, DeviceInfo, DeviceState, IoEventFd, Machine, MigrationFlags, PrecopyInfo,
+    RegionFlags, RegionInfo, RegionMapping, StateArc,
 };
 use vm_migration::{IovaRange, PageSize, RamRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -33,8 +33,8 @@ pub(crate) struct Seen {
     pub(crate) config: Vec<u8>,
     pub(crate) bar: Vec<u8>,
     pub(crate) gone: bool,
-    /// States that cannot be entered; true breaks the device.
-    pub(crate) refuse: Vec<(DeviceState, bool)>,
+    /// Arcs that fail.
+    pub(crate) faults: Vec<Fault>,
     /// Reports fail.
     pub(crate) lose_log: bool,
     /// The report after so many fails.
@@ -54,6 +54,31 @@ pub(crate) struct Seen {
     pub(crate) log_page: PageSize,
     pub(crate) irqs: usize,
     pub(crate) size: Option<u64>,
+    pub(crate) precopy_info: Option<PrecopyInfo>,
+    /// The device's name in a list of what several devices did, and the list.
+    pub(crate) events: Option<(u8, Events)>,
+}
+
+/// What several devices did, in order.
+pub(crate) type Events = Arc<Mutex<Vec<(u8, DeviceState)>>>;
+
+/// How an arc fails.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum How {
+    /// The device stays in the old state.
+    Stays,
+    /// The device is in ERROR.
+    Breaks,
+    /// Whoever has the device dies.
+    Dies,
+}
+
+/// An arc that fails, so many times.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fault {
+    pub(crate) arc: StateArc,
+    pub(crate) how: How,
+    pub(crate) times: u32,
 }
 
 pub(crate) struct FakeBackend {
@@ -83,7 +108,9 @@ impl FakeBackend {
                 config,
                 bar: (0..0x4000_u32).map(|n| n.to_le_bytes()[0]).collect(),
                 gone: false,
-                refuse: Vec::new(),
+                faults: Vec::new(),
+                precopy_info: None,
+                events: None,
                 lose_log: false,
                 fail_report: None,
                 fail_start: None,
@@ -230,25 +257,48 @@ impl Backend for FakeBackend {
     fn set_state(&self, state: DeviceState) -> Result<(), BackendError> {
         self.alive()?;
         let mut seen = self.seen.lock();
-        let refuse = seen.refuse.clone();
+        let mut faults = std::mem::take(&mut seen.faults);
+        let mut dies = false;
         let mut path = Vec::new();
         let result = seen.machine.transition(state, |arc| {
             use vfio_user::{ArcFailure, Errno};
-            let (_, to) = arc.ends();
-            match refuse.iter().find(|entry| entry.0 == to) {
-                Some((_, true)) => Err(ArcFailure::Broken(Errno::IO)),
-                Some((_, false)) => Err(ArcFailure::Unchanged(Errno::IO)),
-                None => {
-                    path.push(to);
-                    Ok(())
+            let due = |fault: &&mut Fault| fault.arc == arc && fault.times > 0;
+            let Some(fault) = faults.iter_mut().find(due) else {
+                path.push(arc.ends().1);
+                return Ok(());
+            };
+            fault.times -= 1;
+            match fault.how {
+                How::Stays => Err(ArcFailure::Unchanged(Errno::IO)),
+                How::Breaks => Err(ArcFailure::Broken(Errno::IO)),
+                How::Dies => {
+                    dies = true;
+                    Err(ArcFailure::Broken(Errno::IO))
                 }
             }
         });
+        seen.faults = faults;
+        if let Some((name, events)) = &seen.events {
+            events.lock().extend(path.iter().map(|to| (*name, *to)));
+        }
         seen.path.extend(path);
+        if dies {
+            seen.gone = true;
+            return Err(BackendError::Gone("killed by the test".into()));
+        }
         result.map_err(|error| BackendError::Failed {
             operation: "change its migration state",
             cause: Box::new(error),
         })
+    }
+
+    fn precopy_info(&self) -> Result<Option<PrecopyInfo>, BackendError> {
+        self.alive()?;
+        let seen = self.seen.lock();
+        match seen.machine.state() {
+            DeviceState::PreCopy | DeviceState::PreCopyP2p => Ok(seen.precopy_info),
+            _ => refused("tell what there is to read of it"),
+        }
     }
 
     fn stop_copy_size(&self) -> Result<Option<u64>, BackendError> {

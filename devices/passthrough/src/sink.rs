@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use vfio_user::DeviceState;
+use vfio_user::{DeviceState, MigrationFlags};
 use vm_migration::{StateError, StateSink};
 
 use crate::backend::BackendError;
@@ -64,17 +64,13 @@ impl PassthroughSink {
         }
     }
 
-    fn set_state(&self, state: DeviceState, operation: &'static str) -> Result<(), StateError> {
-        let set = self.inner.backend.set_state(state);
-        set.map_err(|cause| self.inner.failed(operation, cause))
-    }
-
     fn load(&self, parser: Parser) -> Result<(), StateError> {
         let front = parser.finish().map_err(|error| self.bad(error))?;
         let front: FrontState = postcard::from_bytes(&front)
             .map_err(|error| self.bad(format!("its PCI front is malformed: {error}")))?;
         // The device checks and takes what it was given.
-        self.set_state(DeviceState::Stop, "loading its state")?;
+        self.inner
+            .change_state(DeviceState::Stop, "loading its state")?;
         let restored = self.inner.front.lock().restore(&front);
         restored.map_err(|reason| self.bad(reason))?;
         self.inner.send_front();
@@ -87,11 +83,18 @@ impl StateSink for PassthroughSink {
         &self.inner.id
     }
 
+    fn is_streamed(&self) -> bool {
+        true
+    }
+
     fn prepare(&mut self) -> Result<(), StateError> {
         if !matches!(self.phase, Phase::Idle) {
             return Err(self.misuse("preparing"));
         }
-        self.set_state(DeviceState::Resuming, "entering RESUMING")?;
+        // It may have got part of the way if it fails: then an abort resets it too.
+        self.phase = Phase::Failed;
+        self.inner
+            .change_state(DeviceState::Resuming, "entering RESUMING")?;
         self.phase = Phase::Loading(Parser::new(self.inner.profile.identity));
         Ok(())
     }
@@ -127,11 +130,24 @@ impl StateSink for PassthroughSink {
         }
     }
 
+    fn wake(&mut self) -> Result<(), StateError> {
+        if !matches!(self.phase, Phase::Loaded) {
+            return Err(self.misuse("waking"));
+        }
+        match self.inner.has(MigrationFlags::P2P) {
+            true => self
+                .inner
+                .change_state(DeviceState::RunningP2p, "waking it"),
+            false => Ok(()),
+        }
+    }
+
     fn run(&mut self) -> Result<(), StateError> {
         if !matches!(self.phase, Phase::Loaded) {
             return Err(self.misuse("running"));
         }
-        self.set_state(DeviceState::Running, "starting it")?;
+        self.inner
+            .change_state(DeviceState::Running, "starting it")?;
         self.phase = Phase::Running;
         Ok(())
     }

@@ -39,6 +39,8 @@ pub struct PassthroughSource {
     phase: Phase,
     /// Where an abort goes back to: the guest may have been paused before.
     home: DeviceState,
+    /// It may be at rest or stopped, so that an abort wakes it first.
+    quiet: bool,
     /// Bytes of the stream that wait to be read, from `at` on.
     pending: Vec<u8>,
     at: usize,
@@ -53,6 +55,7 @@ impl PassthroughSource {
             flags,
             phase: Phase::Idle,
             home: DeviceState::Running,
+            quiet: false,
             pending: Vec::new(),
             at: 0,
             data_bytes: 0,
@@ -60,16 +63,42 @@ impl PassthroughSource {
     }
 
     fn set_state(&self, state: DeviceState, operation: &'static str) -> Result<(), StateError> {
-        self.inner.backend.set_state(state).map_err(|cause| {
-            match self.inner.backend.state() {
-                Ok(now) => tracing::warn!(
-                    device = self.inner.id, wanted = %state, %now, "migration state not reached"
-                ),
-                Err(error) => tracing::warn!(
-                    device = self.inner.id, wanted = %state, %error, "migration state unknown"
-                ),
-            }
-            self.inner.failed(operation, cause)
+        self.inner.change_state(state, operation)
+    }
+
+    /// Whether it can be told to start no more peer-to-peer DMA, and has to be.
+    fn quiesces(&self) -> bool {
+        self.flags.contains(MigrationFlags::P2P) && self.home == DeviceState::Running
+    }
+
+    /// What is left of a device that runs, or could.
+    fn running_size(&self, told: Option<u64>) -> Result<StateSize, StateError> {
+        let total = told.unwrap_or_else(|| UNKNOWN_STOP_COPY.max(self.data_bytes));
+        let info = match self.phase {
+            Phase::Precopy { .. } => self.inner.backend.precopy_info(),
+            _ => Ok(None),
+        };
+        let info = info.map_err(|cause| self.inner.failed("estimating its state", cause))?;
+        let Some(info) = info else {
+            // Unknown: all of it, until it had no more to give.
+            let drained = match self.phase {
+                Phase::Precopy { drained } => drained,
+                _ => !self.flags.contains(MigrationFlags::PRE_COPY) || self.phase != Phase::Idle,
+            };
+            return Ok(StateSize {
+                precopy_bytes: if drained { 0 } else { total },
+                initial_bytes: 0,
+                stop_copy_bytes: if drained { total } else { 0 },
+            });
+        };
+        if info.reinit {
+            tracing::info!(device = self.inner.id, "device has begun its pre-copy anew");
+        }
+        let precopy_bytes = info.initial_bytes.saturating_add(info.dirty_bytes);
+        Ok(StateSize {
+            precopy_bytes,
+            initial_bytes: info.initial_bytes,
+            stop_copy_bytes: total.saturating_sub(precopy_bytes),
         })
     }
 
@@ -129,39 +158,15 @@ impl PassthroughSource {
         self.pending.extend_from_slice(&front_frame(&bytes));
         Ok(())
     }
-
-    /// Brings the device back to where it was, by way of a reset if it must be.
-    fn go_home(&self) -> Result<(), StateError> {
-        let backend = &self.inner.backend;
-        let Err(first) = backend.set_state(self.home) else {
-            return Ok(());
-        };
-        // A second try from wherever the first one ended.
-        match backend.state() {
-            Ok(DeviceState::Error) | Err(_) => {}
-            Ok(now) if now == self.home => return Ok(()),
-            Ok(_) => {
-                if backend.set_state(self.home).is_ok() {
-                    return Ok(());
-                }
-            }
-        }
-        tracing::error!(device = self.inner.id, error = %first, "device is reset to get it back");
-        backend.reset().map_err(|cause| {
-            self.inner
-                .failed("resetting it after an aborted migration", cause)
-        })?;
-        // It runs, but what the guest's driver knows of it is not true any more.
-        Err(self.inner.failed(
-            "going on after an aborted migration; the device was reset",
-            first,
-        ))
-    }
 }
 
 impl StateSource for PassthroughSource {
     fn id(&self) -> &str {
         &self.inner.id
+    }
+
+    fn is_streamed(&self) -> bool {
+        true
     }
 
     fn size(&mut self) -> Result<StateSize, StateError> {
@@ -170,22 +175,15 @@ impl StateSource for PassthroughSource {
             .backend
             .stop_copy_size()
             .map_err(|cause| self.inner.failed("estimating its state", cause))?;
-        let stop_copy_bytes = told.unwrap_or_else(|| UNKNOWN_STOP_COPY.max(self.data_bytes));
-        Ok(match self.phase {
-            Phase::Idle | Phase::Precopy { drained: false } => StateSize {
-                precopy_bytes: if self.flags.contains(MigrationFlags::PRE_COPY) {
-                    stop_copy_bytes
-                } else {
-                    0
-                },
-                stop_copy_bytes,
-            },
-            Phase::Precopy { drained: true } | Phase::Waiting | Phase::StopCopy => StateSize {
-                precopy_bytes: 0,
-                stop_copy_bytes,
-            },
-            Phase::Read | Phase::Finished => StateSize::default(),
-        })
+        match self.phase {
+            Phase::Idle | Phase::Precopy { .. } | Phase::Waiting => self.running_size(told),
+            Phase::StopCopy => Ok(StateSize {
+                stop_copy_bytes: told
+                    .unwrap_or_else(|| UNKNOWN_STOP_COPY.saturating_sub(self.data_bytes)),
+                ..StateSize::default()
+            }),
+            Phase::Read | Phase::Finished => Ok(StateSize::default()),
+        }
     }
 
     fn start_precopy(&mut self) -> Result<(), StateError> {
@@ -202,6 +200,7 @@ impl StateSource for PassthroughSource {
         self.pending = preamble(self.inner.profile.identity);
         self.at = 0;
         self.data_bytes = 0;
+        self.quiet = false;
         self.phase = Phase::Waiting;
         if self.flags.contains(MigrationFlags::PRE_COPY) && self.home == DeviceState::Running {
             self.set_state(DeviceState::PreCopy, "entering PRE_COPY")?;
@@ -239,9 +238,11 @@ impl StateSource for PassthroughSource {
         };
         // A device without the state cannot be told apart from one that does no peer-to-peer
         // DMA: it is stopped in its turn.
-        if !self.flags.contains(MigrationFlags::P2P) || self.home == DeviceState::Stop {
+        if !self.quiesces() {
             return Ok(());
         }
+        // Noted first: a change that failed half-way is undone too.
+        self.quiet = true;
         self.set_state(target, "quiescing")
     }
 
@@ -249,6 +250,7 @@ impl StateSource for PassthroughSource {
         if !matches!(self.phase, Phase::Precopy { .. } | Phase::Waiting) {
             return Err(self.misuse("stopping"));
         }
+        self.quiet = true;
         self.set_state(DeviceState::StopCopy, "entering STOP_COPY")?;
         self.phase = Phase::StopCopy;
         self.queue_front()
@@ -271,6 +273,13 @@ impl StateSource for PassthroughSource {
         Ok(self.take_pending(buffer))
     }
 
+    fn wake(&mut self) {
+        if std::mem::take(&mut self.quiet) && self.quiesces() {
+            // The log has what fails, and the abort mends or tells it.
+            let _ = self.set_state(DeviceState::RunningP2p, "waking");
+        }
+    }
+
     fn abort(&mut self) -> Result<(), StateError> {
         self.pending.clear();
         self.at = 0;
@@ -280,9 +289,9 @@ impl StateSource for PassthroughSource {
                 self.phase = Phase::Finished;
                 Err(self.misuse("aborting"))
             }
-            Phase::Precopy { .. } | Phase::Waiting | Phase::StopCopy | Phase::Read => {
-                self.go_home()
-            }
+            Phase::Precopy { .. } | Phase::Waiting | Phase::StopCopy | Phase::Read => self
+                .inner
+                .bring_back(self.home, "going on after the migration failed"),
         }
     }
 
@@ -296,5 +305,7 @@ impl StateSource for PassthroughSource {
     }
 }
 
+#[cfg(test)]
+mod faults;
 #[cfg(test)]
 mod tests;

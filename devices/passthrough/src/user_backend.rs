@@ -10,7 +10,7 @@ use vfio_user::client::FeatureOperation;
 use vfio_user::wire::{MAX_LOG_RANGES, PCI_MSIX_IRQ};
 use vfio_user::{
     Area, Client, ClientConfig, ClientError, DeviceInfo, DeviceState, DmaFlags, DmaHandler, Errno,
-    Feature, IoEventFd, MigrationFlags, RegionInfo,
+    Feature, IoEventFd, MigrationFlags, PrecopyInfo, RegionInfo,
 };
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use vm_migration::memory::MemoryHandle;
@@ -161,6 +161,11 @@ impl Backend for VfioUserBackend {
     fn set_state(&self, state: DeviceState) -> Result<(), BackendError> {
         let result = self.client.set_device_state(state);
         result.map_err(failed("change its migration state"))
+    }
+
+    fn precopy_info(&self) -> Result<Option<PrecopyInfo>, BackendError> {
+        let result = self.client.precopy_info();
+        result.map_err(failed("tell what there is to read of it"))
     }
 
     fn stop_copy_size(&self) -> Result<Option<u64>, BackendError> {

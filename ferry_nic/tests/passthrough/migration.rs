@@ -53,8 +53,13 @@ fn a_card_in_use_moves_there_and_back() {
         assert!(source.size().unwrap().precopy_bytes > 0);
         sink.prepare().unwrap();
         source.start_precopy().unwrap();
+        let size = source.size().unwrap();
+        assert!(size.initial_bytes > 100, "{size:?}");
         let early = precopy(&mut source, &mut sink).unwrap();
         assert!(early > 100, "an early copy of the state");
+        let size = source.size().unwrap();
+        assert_eq!(size.initial_bytes, 0);
+        assert!(size.stop_copy_bytes > 100, "the final state is to come");
         assert_eq!(source.size().unwrap().precopy_bytes, 0);
         // It runs all the while, and what it does now is in the final state only.
         for _ in 0..5 {
@@ -67,6 +72,7 @@ fn a_card_in_use_moves_there_and_back() {
         inject(&here_cable, &[0xee; 100]);
         stop_copy(&mut source, &mut sink).unwrap();
         sink.finish_load().unwrap();
+        sink.wake().unwrap();
         sink.run().unwrap();
         source.finish().unwrap();
 
@@ -103,6 +109,7 @@ fn an_aborted_move_leaves_the_card_at_work() {
             source.stop().unwrap();
             stop_copy(&mut source, &mut sink).unwrap();
         }
+        source.wake();
         source.abort().unwrap();
         sink.abort().unwrap();
         for number in 0..70_u8 {

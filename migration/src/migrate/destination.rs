@@ -8,6 +8,7 @@
 //! Everything that can be made ready is before the source even starts to send, so that the guest
 //! does not wait for it. Everything that arrives is untrusted.
 
+mod loaders;
 mod loading;
 
 use std::time::Instant;
@@ -27,6 +28,7 @@ use super::transport::Connection;
 use crate::error_chain::ErrorChain;
 use crate::memory::{GuestMemory, MemoryHandle};
 use crate::state::{Pause, StateError, StateSink};
+use loaders::Loaders;
 use loading::Loading;
 
 /// The VM that arrives.
@@ -64,7 +66,7 @@ pub struct DestinationReport {
     pub zero_pages: u64,
     /// Bytes of device state received.
     pub device_bytes: u64,
-    /// Time it took to load the devices' states, in µs.
+    /// Time that loading the devices' states took besides receiving them, in µs.
     pub load_us: u64,
     /// Time it took from the commit until the vCPUs ran, in µs.
     pub run_us: u64,
@@ -169,8 +171,9 @@ impl Destination<'_> {
         };
         self.link.send_message(Kind::Accept, &accept)?;
         self.enter(DestinationPhase::Prepared);
-        let load_us = self.load(manifest, &memory, &mut parts.sinks)?;
-        let run_us = self.take_over(parts, load_us)?;
+        let ready = self.load(manifest, &memory, &mut parts.sinks)?;
+        let load_us = ready.load_us;
+        let run_us = self.take_over(parts, &ready)?;
         let acknowledged = self.acknowledge(run_us);
         let now = self.story.snapshot();
         Ok(DestinationReport {
@@ -185,37 +188,56 @@ impl Destination<'_> {
         })
     }
 
-    /// Receives memory and state; gives the time that loading the state took.
+    /// Receives memory and state; gives what the source is told of it.
     fn load(
         &mut self,
         manifest: &Manifest,
         memory: &GuestMemory,
         sinks: &mut [Box<dyn StateSink>],
-    ) -> Result<u64, MigrationError> {
-        let mut loading = Loading::new(manifest, memory);
+    ) -> Result<Ready, MigrationError> {
+        let loaders = Loaders::default();
+        std::thread::scope(|scope| {
+            let _quit = loaders.quit_on_drop();
+            let mut loading = Loading::new(manifest, memory, &loaders);
+            for (index, sink) in sinks.iter_mut().enumerate() {
+                if sink.is_streamed() {
+                    let started = loaders.start(scope, index, sink.as_mut());
+                    started.map_err(MigrationError::System)?;
+                } else {
+                    loading.load_here(index, sink.as_mut());
+                }
+            }
+            self.receive_all(&mut loading)
+        })
+    }
+
+    /// Receives until the source says that this was all.
+    fn receive_all(&mut self, loading: &mut Loading<'_>) -> Result<Ready, MigrationError> {
         let mut payload = Vec::new();
         let mut begun = false;
         loop {
             let awaited = "memory or device state";
             let kind = self.link.receive(&mut payload, Wait::Alive, awaited)?;
+            let bytes = payload.len();
             if !std::mem::replace(&mut begun, true) {
                 self.enter(DestinationPhase::Loading);
             }
             match kind {
                 Kind::Pages => loading.pages(&payload, &self.link)?,
-                Kind::DeviceChunk => loading.chunk(&payload, sinks, &self.link)?,
+                Kind::DeviceChunk => loading.chunk(&mut payload, &self.link)?,
                 Kind::DeviceEnd => {
                     let end = self.link.decode(kind, &payload)?;
-                    loading.device_end(end, sinks)?;
+                    loading.device_end(end, &self.link)?;
                 }
                 Kind::RoundEnd => {
-                    let answer = loading.round_end(self.link.decode(kind, &payload)?)?;
+                    let round = self.link.decode(kind, &payload)?;
+                    let answer = loading.round_end(round, &self.link)?;
                     self.link.send_message(Kind::RoundAck, &answer)?;
                     self.story.update(|now| now.rounds = answer.round);
                 }
                 Kind::Complete => {
-                    loading.complete(self.link.decode(kind, &payload)?)?;
-                    return Ok(loading.load_us());
+                    let complete = self.link.decode(kind, &payload)?;
+                    return loading.complete(complete, &self.link);
                 }
                 Kind::Manifest
                 | Kind::Accept
@@ -227,7 +249,7 @@ impl Destination<'_> {
                 | Kind::Abort
                 | Kind::Progress => return Err(self.link.unexpected(kind).into()),
             }
-            self.story.update(|now| loading.tell(now, payload.len()));
+            self.story.update(|now| loading.tell(now, bytes));
         }
     }
 
@@ -236,15 +258,19 @@ impl Destination<'_> {
     fn take_over(
         &mut self,
         parts: &mut DestinationParts,
-        load_us: u64,
+        ready: &Ready,
     ) -> Result<u64, MigrationError> {
         self.enter(DestinationPhase::Ready);
-        self.link.send_message(Kind::Ready, &Ready { load_us })?;
+        self.link.send_message(Kind::Ready, ready)?;
         let _: Commit = self
             .link
             .receive_message(Kind::Commit, Wait::Answer, "commit")?;
         self.link.commit()?;
         let began = Instant::now();
+        // None runs before all are awake, so that none meets another that stands still.
+        for sink in &mut parts.sinks {
+            sink.wake().map_err(failed("waking"))?;
+        }
         for sink in &mut parts.sinks {
             sink.run().map_err(failed("starting to run"))?;
         }

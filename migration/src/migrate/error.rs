@@ -88,6 +88,17 @@ pub enum MigrationError {
         /// What it would take.
         estimate_ms: u64,
     },
+    /// A device had not sent in time what the destination should have before the guest stops.
+    #[error(
+        "no switchover within {timeout_s} s: {ids} have not sent yet what the destination must have \
+         before the guest stops; allow a longer timeout_s, or set timeout_strategy=ignore"
+    )]
+    DevicesNotReady {
+        /// The time allowed.
+        timeout_s: u64,
+        /// Which.
+        ids: String,
+    },
     /// The destination was told to run the guest, and has not said that it does. It may run
     /// there: the guest here stays paused. If it is certain that it does not run there, resume it
     /// here by hand.

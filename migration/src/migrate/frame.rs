@@ -18,7 +18,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const MAGIC: [u8; 4] = *b"FRYM";
 
 /// The version of the protocol that this build speaks; both ends must speak the same.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = size_of::<Header>();
@@ -111,11 +111,12 @@ impl Kind {
             Self::Pages | Self::DeviceChunk => 1 << 20,
             Self::Abort => 16 << 10,
             Self::Accept => 4 << 10,
+            // A number of up to ten bytes for each of up to 1024 devices.
+            Self::Ready => 16 << 10,
             Self::RoundEnd
             | Self::RoundAck
             | Self::DeviceEnd
             | Self::Complete
-            | Self::Ready
             | Self::Commit
             | Self::Running
             | Self::Progress => 64,
@@ -391,8 +392,8 @@ mod tests {
         let mut bad = good.clone();
         bad[4] = 9;
         let error = open(&bad).unwrap_err();
-        assert_eq!(error, FrameError::WrongVersion { ours: 1, theirs: 9 });
-        assert!(error.to_string().contains("protocol 9") && error.to_string().contains("speaks 1"));
+        assert_eq!(error, FrameError::WrongVersion { ours: 2, theirs: 9 });
+        assert!(error.to_string().contains("protocol 9") && error.to_string().contains("speaks 2"));
         let mut bad = good.clone();
         bad[6] = 200;
         assert_eq!(open(&bad), Err(FrameError::UnknownKind { code: 200 }));

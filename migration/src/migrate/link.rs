@@ -224,6 +224,14 @@ impl Link {
         }
     }
 
+    /// An error if the migration was cancelled on this side.
+    pub(super) fn check_cancel(&self) -> Result<(), LinkError> {
+        match self.connection.cancel_handle().is_cancelled() {
+            true => Err(LinkError::Cancelled),
+            false => Ok(()),
+        }
+    }
+
     /// Sends a frame; gives its length. An error means that the peer never gets the whole of it,
     /// unless it is [`LinkError::Cancelled`].
     ///

@@ -46,7 +46,7 @@ pub use params::{MigrationParams, TimeoutStrategy};
 pub use phase::{DestinationPhase, SourcePhase};
 pub use protocol::{DeviceManifest, Manifest, MemoryRegion, Migratable, Refusal};
 pub use source::{Report, SourceParts};
-pub use status::{Downtime, MigrationStatus, Side, SourceStatus, Status};
+pub use status::{DeviceDowntime, Downtime, MigrationStatus, Side, SourceStatus, Status};
 pub use transport::{Address, AddressError, Connection, Listener, TransportError};
 
 #[cfg(test)]

@@ -39,6 +39,14 @@ pub enum MigrationEvent {
         /// Why it failed.
         why: String,
     },
+    /// A device did not come back from a migration that failed and was reset: it runs, and its
+    /// driver in the guest has to set it up anew (source only).
+    DeviceReset {
+        /// The device's identifier.
+        device: String,
+        /// Why it did not come back.
+        why: String,
+    },
 }
 
 /// Is told what happens. Called on the migration's thread, also while the guest stands still: it

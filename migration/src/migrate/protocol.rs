@@ -206,10 +206,13 @@ pub(super) struct Complete {
 }
 
 /// Payload of [`Kind::Ready`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(super) struct Ready {
-    /// Time it took to load the devices' states, in µs.
+    /// Time that loading the devices' states took besides receiving them, in µs.
     pub(super) load_us: u64,
+    /// Time it took to take in each device's state since the last round, in µs, in the manifest's
+    /// order.
+    pub(super) devices_us: Vec<u64>,
 }
 
 /// Payload of [`Kind::Commit`].

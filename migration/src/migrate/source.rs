@@ -9,12 +9,15 @@
 //! (`rollback`).
 
 mod precopy;
+mod readers;
 mod rollback;
 mod streams;
 mod switchover;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use vm_memory::{GuestAddressSpace, GuestMemoryLoadGuard};
 
 use super::check;
@@ -36,6 +39,7 @@ use crate::error_chain::ErrorChain;
 use crate::memory::{GuestMemory, MemoryHandle, ram_regions};
 use crate::source::DirtySource;
 use crate::state::{Pause, StateSource};
+use readers::{Readers, SharedSource};
 use streams::Streams;
 
 /// The VM that leaves.
@@ -49,19 +53,20 @@ pub struct SourceParts {
     pub memory: MemoryHandle,
     /// Everything that writes guest memory.
     pub sources: Vec<Box<dyn DirtySource>>,
-    /// Everything with state, in the manifest's order, into which [`new`](Self::new) puts them.
-    pub devices: Vec<Box<dyn StateSource>>,
     /// The vCPUs; their state is among the devices.
     pub vcpus: Box<dyn Pause>,
     /// Threads that may ask dirty sources at once (see
     /// [`Collect::threads`](crate::dirty::Collect::threads)); 1 unless changed. They are used once
     /// asking one after the other has been seen to take long.
     pub report_threads: usize,
+    /// Everything with state, in the manifest's order.
+    devices: Vec<SharedSource>,
     dirty: GuestDirty,
 }
 
 impl SourceParts {
-    /// Puts the parts of a VM together. An error names what does not fit together.
+    /// Puts the parts of a VM together. `devices` is everything with state, in any order. An error
+    /// names what does not fit together.
     pub fn new(
         manifest: Manifest,
         memory: MemoryHandle,
@@ -73,6 +78,10 @@ impl SourceParts {
         let dirty = GuestDirty::new(&ram_regions(&memory.memory()), page)?;
         let place = |id: &str| manifest.devices.iter().position(|device| device.id == id);
         devices.sort_by_key(|device| place(device.id()));
+        let devices = devices
+            .into_iter()
+            .map(|device| Arc::new(Mutex::new(device)));
+        let devices = devices.collect();
         let parts = Self {
             manifest,
             memory,
@@ -91,13 +100,17 @@ impl SourceParts {
         let by = "this host";
         let manifest = &self.manifest;
         let mut refusals = check::manifest(manifest);
-        let ids = self.devices.iter().map(|device| device.id());
-        refusals.extend(check::fits(manifest, by, &self.memory.memory(), ids));
-        let in_order = self
+        let ids: Vec<String> = self
             .devices
             .iter()
+            .map(|device| device.lock().id().to_owned())
+            .collect();
+        let names = ids.iter().map(String::as_str);
+        refusals.extend(check::fits(manifest, by, &self.memory.memory(), names));
+        let in_order = ids
+            .iter()
             .zip(&manifest.devices)
-            .all(|(device, named)| device.id() == named.id);
+            .all(|(id, named)| *id == named.id);
         let tracked = self.dirty.page_size().bytes() == manifest.page_size
             && self.dirty.ranges() == check::ranges(manifest);
         if refusals.is_empty() && !(in_order && tracked) {
@@ -133,7 +146,7 @@ impl SourceParts {
             devices: self.devices.len(),
             vcpus: true,
         };
-        rollback::put_back(self, begun)
+        rollback::put_back(self, begun).problems
     }
 }
 
@@ -216,6 +229,7 @@ struct Source<'a> {
     /// The destination may run the guest.
     committed: bool,
     streams: Streams,
+    readers: Readers,
     batch: PageBatch,
     chunk: FrameBuffer,
     bandwidth: Bandwidth,
@@ -265,6 +279,7 @@ impl<'a> Source<'a> {
         Self {
             memory: parts.memory.memory(),
             streams: Streams::new(&parts.manifest),
+            readers: Readers::none(),
             batch: PageBatch::new(page, pacer.burst()),
             chunk: FrameBuffer::with_capacity(CHUNK_BYTES),
             bandwidth: Bandwidth::default(),
@@ -297,6 +312,8 @@ impl<'a> Source<'a> {
         self.enter(SourcePhase::Setup);
         self.setup()?;
         self.precopy()?;
+        // What a device takes to end a read is not the guest's time.
+        self.rest_readers()?;
         self.enter(SourcePhase::Switchover);
         let downtime = self.switchover()?;
         self.finalize(downtime)
@@ -334,15 +351,16 @@ impl<'a> Source<'a> {
             self.begun.sources = self.begun.sources.saturating_add(1);
             source.start(&ranges)?;
         }
-        for device in &mut self.parts.devices {
+        for device in &self.parts.devices {
             self.begun.devices = self.begun.devices.saturating_add(1);
-            device
-                .start_precopy()
-                .map_err(|cause| MigrationError::Device {
-                    doing: "starting its pre-copy",
-                    cause,
-                })?;
+            let started = device.lock().start_precopy();
+            started.map_err(|cause| MigrationError::Device {
+                doing: "starting its pre-copy",
+                cause,
+            })?;
         }
+        let readers = self.readers.start(&self.parts.devices);
+        readers.map_err(MigrationError::System)?;
         self.parts.dirty.mark_all();
         let all = self.parts.dirty.dirty_pages();
         self.story.update(|now| now.remaining_pages = all);
@@ -352,8 +370,9 @@ impl<'a> Source<'a> {
     /// The destination runs the guest: lets go of everything here.
     fn finalize(&mut self, downtime: Downtime) -> Result<Report, MigrationError> {
         let mut warnings = Vec::new();
-        for device in &mut self.parts.devices {
-            if let Err(error) = device.finish() {
+        self.readers.quit();
+        for device in &self.parts.devices {
+            if let Err(error) = device.lock().finish() {
                 warnings.push(ErrorChain(&error).to_string());
             }
         }

@@ -65,9 +65,29 @@ impl SourceStatus {
     }
 }
 
+/// What one device took of a downtime, in µs. Devices that are read, sent and loaded at once share
+/// the time.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct DeviceDowntime {
+    /// The device's identifier.
+    pub id: String,
+    /// Coming to rest.
+    pub quiesce: u64,
+    /// Stopping.
+    pub stop: u64,
+    /// Reading its state from it, if a thread of its own does that.
+    pub read: u64,
+    /// Sending it.
+    pub send: u64,
+    /// Taking it in at the destination.
+    pub load: u64,
+    /// Bytes of its state that were sent while the guest stood still.
+    pub bytes: u64,
+}
+
 /// How long the guest stood still, and why, in µs. Parts that the destination does while the
 /// source waits are in the source's total.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Downtime {
     /// Stopping the vCPUs.
     pub pause_vcpus: u64,
@@ -81,12 +101,15 @@ pub struct Downtime {
     pub memory: u64,
     /// Sending the devices' states.
     pub device_state: u64,
-    /// Loading them, told by the destination.
+    /// What loading them took besides receiving them, told by the destination.
     pub destination_load: u64,
     /// From the commit until the destination said that the guest runs.
     pub commit: u64,
     /// From the moment the vCPUs were asked to stop until the guest ran at the destination.
     pub total: u64,
+    /// The devices' shares of it.
+    #[serde(default)]
+    pub devices: Vec<DeviceDowntime>,
 }
 
 /// A snapshot of a migration.

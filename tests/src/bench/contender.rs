@@ -225,7 +225,10 @@ fn migrate_ferry(
     let ms = |us: u64| crate::demo::report::ms(us);
     Ok(Some(Said {
         total_ms: ms(status.elapsed_ms * 1000),
-        downtime_ms: ms(status.downtime.map_or(0, |downtime| downtime.total)),
+        downtime_ms: ms(status
+            .downtime
+            .as_ref()
+            .map_or(0, |downtime| downtime.total)),
         rounds: status.rounds.into(),
         bytes: status.bytes,
     }))

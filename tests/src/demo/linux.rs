@@ -242,7 +242,11 @@ impl Stage {
             problems.push("the guest's own counters are wrong".to_owned());
         }
         let mut nic = NicOutcome::default();
-        let downtime_ms = status.downtime.map_or(0, |downtime| downtime.total) / 1000;
+        let downtime_ms = status
+            .downtime
+            .as_ref()
+            .map_or(0, |downtime| downtime.total)
+            / 1000;
         for (name, sender) in sent {
             let guest = self.words.object(name)?;
             let (note, problem) = if name.starts_with("tcp") {

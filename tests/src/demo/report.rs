@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use vm_migration::migrate::MigrationStatus;
+use vm_migration::migrate::{DeviceDowntime, MigrationStatus};
 
 use crate::traffic::TrafficCounts;
 
@@ -40,6 +40,8 @@ pub struct MigrationOutcome {
     pub bytes: u64,
     /// Pages that each writer of guest memory dirtied meanwhile.
     pub dirty_pages: BTreeMap<String, u64>,
+    /// What each device took of the downtime.
+    pub devices: Vec<DeviceDowntime>,
 }
 
 /// The hashes that the guest found in received packets.
@@ -125,13 +127,20 @@ impl MigrationOutcome {
         Self {
             rounds: status.rounds,
             total_ms: status.elapsed_ms,
-            downtime_ms: ms(status.downtime.map_or(0, |downtime| downtime.total)),
+            downtime_ms: ms(status
+                .downtime
+                .as_ref()
+                .map_or(0, |downtime| downtime.total)),
             bytes: status.bytes,
             dirty_pages: status
                 .sources
                 .iter()
                 .map(|source| (source.id.clone(), source.total_pages))
                 .collect(),
+            devices: status
+                .downtime
+                .as_ref()
+                .map_or_else(Vec::new, |downtime| downtime.devices.clone()),
         }
     }
 }
@@ -263,6 +272,18 @@ impl fmt::Display for Outcome {
             "  downtime   {} ms as Ferry counts it; the guest's own clock stood still for {} ms at most",
             migration.downtime_ms, guest.max_gap_ms
         )?;
+        for device in migration.devices.iter().filter(|device| device.read > 0) {
+            writeln!(
+                out,
+                "             {}: {} ms to come to rest, {} to stop, {} to read, {} to send, {} to load",
+                device.id,
+                ms(device.quiesce),
+                ms(device.stop),
+                ms(device.read),
+                ms(device.send),
+                ms(device.load)
+            )?;
+        }
         let dirtied: Vec<String> = migration
             .dirty_pages
             .iter()
@@ -344,6 +365,7 @@ mod tests {
         assert_eq!(keys, ["guest", "hash", "migration", "nic"]);
         assert_eq!(value["migration"]["dirty_pages"]["vcpus"], 7);
         assert!(outcome.all_problems().is_empty());
+        assert!(outcome.to_string().contains("net1: 0 ms to come to rest"));
     }
 
     #[test]
@@ -379,6 +401,11 @@ mod tests {
                 downtime_ms: 5.0,
                 bytes: 1 << 20,
                 dirty_pages: BTreeMap::from([("vcpus".to_owned(), 7)]),
+                devices: vec![DeviceDowntime {
+                    id: "net1".to_owned(),
+                    read: 1200,
+                    ..DeviceDowntime::default()
+                }],
             },
             hash: HashOutcome {
                 packets: 10,

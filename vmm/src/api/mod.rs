@@ -27,5 +27,6 @@ pub use routes::BASE_PATH;
 pub use server::{ApiServer, MAX_BODY_BYTES, ServerError};
 pub use socket::{ApiListener, ApiSocket, SocketError};
 pub use vm_migration::migrate::{
-    DestinationPhase, Downtime, MigrationStatus, Side, SourcePhase, SourceStatus, TimeoutStrategy,
+    DestinationPhase, DeviceDowntime, Downtime, MigrationStatus, Side, SourcePhase, SourceStatus,
+    TimeoutStrategy,
 };

@@ -155,12 +155,18 @@ fn the_document_describes_the_routes_and_the_types() {
     };
     covers("SendMigrationConfig", &serde_json::to_value(&send).unwrap());
     let mut status = vm_migration::migrate::Status::source().snapshot();
-    status.downtime = Some(Downtime::default());
+    status.downtime = Some(Downtime {
+        devices: vec![DeviceDowntime::default()],
+        ..Downtime::default()
+    });
     let status = serde_json::to_value(status).unwrap();
     covers("MigrationStatus", &status);
     let known = &schemas["MigrationStatus"]["properties"]["downtime"]["properties"];
     let downtime = status["downtime"].as_object().unwrap();
     assert!(downtime.keys().all(|key| known.get(key).is_some()));
+    let device = downtime["devices"][0].as_object().unwrap();
+    let known = &known["devices"]["items"]["properties"];
+    assert!(device.keys().all(|key| known.get(key).is_some()));
     let json = serde_json::to_value(send.params()).unwrap();
     assert_eq!(json["downtime_ms"], 300);
 }

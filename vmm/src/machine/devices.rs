@@ -134,6 +134,10 @@ impl Devices {
                 cause,
             })?;
         }
+        // No device does peer-to-peer DMA with one that stands still.
+        for user in &self.users {
+            user.device.wake();
+        }
         for user in &self.users {
             let resumed = user.device.clone().resume();
             resumed.map_err(|cause| MachineError::State {
@@ -146,19 +150,20 @@ impl Devices {
 
     /// Stops all devices, in the reverse order.
     pub(super) fn pause(&self) -> Result<(), MachineError> {
+        let failed = |cause| MachineError::State {
+            operation: "stop",
+            cause,
+        };
+        for user in self.users.iter().rev() {
+            user.device.quiesce().map_err(failed)?;
+        }
         for user in self.users.iter().rev() {
             let paused = user.device.clone().pause();
-            paused.map_err(|cause| MachineError::State {
-                operation: "stop",
-                cause,
-            })?;
+            paused.map_err(failed)?;
         }
         for function in self.virtio.iter().rev() {
             let paused = function.device.lock().pause();
-            paused.map_err(|cause| MachineError::State {
-                operation: "stop",
-                cause,
-            })?;
+            paused.map_err(failed)?;
         }
         Ok(())
     }

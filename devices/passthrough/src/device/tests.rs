@@ -2,8 +2,9 @@
 
 use devices::MsiLine;
 use pci::BarKind;
-use vfio_user::MigrationFlags;
+use vfio_user::{DeviceState, MigrationFlags};
 use vm_memory::GuestAddress;
+use vm_migration::Pause;
 use vm_migration::memory::{Backing, RamMapping, map_ram};
 
 use super::*;

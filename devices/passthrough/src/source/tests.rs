@@ -4,14 +4,21 @@ use devices::MsiLine;
 use pci::PciDevice;
 use vm_migration::StateSink;
 
+use vfio_user::{PrecopyInfo, StateArc};
+
 use super::*;
-use crate::fake::{FakeBackend, FakeFabric, MSIX_CAP, TABLE, device};
+use crate::fake::{FakeBackend, FakeFabric, Fault, How, MSIX_CAP, TABLE, VECTORS, device};
 use crate::{Passthrough, PassthroughSink};
 
 fn migratable(flags: u64) -> (Arc<FakeBackend>, Passthrough, FakeFabric) {
     let backend = FakeBackend::new(Some(MigrationFlags::from_bits_retain(flags)));
     let (nic, fabric) = device(&backend);
     (backend, nic, fabric)
+}
+
+/// An arc that fails once.
+fn fault(arc: StateArc, how: How) -> Fault {
+    Fault { arc, how, times: 1 }
 }
 
 fn precopy(source: &mut PassthroughSource, sink: &mut PassthroughSink) {
@@ -58,6 +65,12 @@ fn state_moves_with_and_without_each_feature() {
         assert_eq!(backend.seen.lock().machine.state(), S::StopCopy);
         sink.finish_load().unwrap();
         assert_eq!(target.seen.lock().machine.state(), S::Stop);
+        sink.wake().unwrap();
+        let awake = match flags & 2 {
+            0 => S::Stop,
+            _ => S::RunningP2p,
+        };
+        assert_eq!(target.seen.lock().machine.state(), awake);
         sink.run().unwrap();
         source.finish().unwrap();
         assert_eq!(backend.seen.lock().machine.state(), S::Stop);
@@ -117,6 +130,7 @@ fn an_abort_leaves_the_device_running_from_every_phase() {
         if steps > 3 {
             while source.read_stop_copy(&mut buffer).unwrap() != 0 {}
         }
+        source.wake();
         source.abort().unwrap();
         let seen = backend.seen.lock();
         assert_eq!(seen.machine.state(), DeviceState::Running, "{steps}");
@@ -150,24 +164,33 @@ fn a_paused_device_moves_without_running_again() {
 fn a_device_that_fails_to_stop_goes_on_or_is_reset() {
     // It stays where it was: running is one arc away.
     let (backend, nic, _) = migratable(7);
-    backend.seen.lock().refuse = vec![(DeviceState::StopCopy, false)];
+    let arc = StateArc::PreCopyP2pToStopCopy;
+    backend.seen.lock().faults = vec![fault(arc, How::Stays)];
     let mut source = nic.state_source().unwrap();
     source.start_precopy().unwrap();
     assert!(source.stop().is_err());
+    source.wake();
     source.abort().unwrap();
     assert_eq!(backend.seen.lock().machine.state(), DeviceState::Running);
 
     // It breaks: only a reset helps, and that is an error to be told.
     let (backend, nic, _) = migratable(7);
-    backend.seen.lock().refuse = vec![(DeviceState::StopCopy, true)];
+    backend.seen.lock().faults = vec![fault(arc, How::Breaks)];
     let mut source = nic.state_source().unwrap();
     source.start_precopy().unwrap();
     assert!(source.stop().is_err());
     assert_eq!(backend.seen.lock().machine.state(), DeviceState::Error);
-    assert!(source.abort().is_err());
+    nic.clone().write_config(4, &[6]);
+    backend.seen.lock().config[4] = 0;
+    backend.seen.lock().irqs = 0;
+    source.wake();
+    let error = source.abort().unwrap_err();
+    assert!(matches!(error, StateError::Reset { .. }), "{error}");
     let seen = backend.seen.lock();
     assert_eq!(seen.machine.state(), DeviceState::Running);
     assert_eq!(seen.resets, 1);
+    // It is set up again as the guest had it.
+    assert_eq!((seen.config[4], seen.irqs), (6, usize::from(VECTORS)));
 }
 
 #[test]
@@ -204,6 +227,7 @@ fn calls_out_of_order_are_refused() {
     let mut sink = nic.state_sink().unwrap();
     assert!(sink.write(&[1]).is_err());
     assert!(sink.finish_load().is_err());
+    assert!(sink.wake().is_err());
     assert!(sink.run().is_err());
     sink.abort().unwrap();
 }
@@ -241,19 +265,46 @@ fn a_bad_stream_never_runs_and_an_abort_resets_the_device() {
 fn the_size_is_the_devices_estimate_or_a_careful_guess() {
     let (backend, nic, _) = migratable(7);
     let mut source = nic.state_source().unwrap();
-    assert_eq!(source.size().unwrap().stop_copy_bytes, 1000);
+    assert_eq!(source.size().unwrap().total(), 1000);
     source.start_precopy().unwrap();
     let mut buffer = [0; 100];
     while source.read_precopy(&mut buffer).unwrap() != PrecopyRead::Empty {}
     assert_eq!(
         source.size().unwrap(),
         StateSize {
-            precopy_bytes: 0,
-            stop_copy_bytes: 1000
+            stop_copy_bytes: 1000,
+            ..StateSize::default()
         }
     );
     backend.seen.lock().size = None;
     assert_eq!(source.size().unwrap().stop_copy_bytes, UNKNOWN_STOP_COPY);
+}
+
+#[test]
+fn what_the_device_tells_of_its_pre_copy_is_in_the_size() {
+    let (backend, nic, _) = migratable(7);
+    let mut source = nic.state_source().unwrap();
+    // Before it can be asked: all of it might go while it runs.
+    assert_eq!(
+        (
+            source.size().unwrap().precopy_bytes,
+            source.size().unwrap().total()
+        ),
+        (1000, 1000)
+    );
+    source.start_precopy().unwrap();
+    for (initial_bytes, dirty_bytes, reinit) in [(400, 0, false), (0, 100, false), (700, 0, true)] {
+        backend.seen.lock().precopy_info = Some(PrecopyInfo {
+            initial_bytes,
+            dirty_bytes,
+            reinit,
+        });
+        let size = source.size().unwrap();
+        assert_eq!(size.initial_bytes, initial_bytes);
+        assert_eq!(size.precopy_bytes, initial_bytes + dirty_bytes);
+        // What may go early is part of what the device estimates for the end.
+        assert_eq!(size.total(), 1000);
+    }
 }
 
 #[test]

@@ -3,26 +3,38 @@
 use std::time::{Duration, Instant};
 
 use super::failed;
+use super::loaders::{Failure, Loaders, Stopped};
 use crate::memory::GuestMemory;
 use crate::migrate::error::MigrationError;
 use crate::migrate::frame::{HEADER_BYTES, Kind};
 use crate::migrate::link::Link;
 use crate::migrate::pages::Pages;
-use crate::migrate::protocol::{Complete, DeviceEnd, Manifest, Round, chunk_open};
+use crate::migrate::protocol::{Complete, DeviceEnd, Manifest, Ready, Round, chunk_open};
 use crate::migrate::status::MigrationStatus;
 use crate::state::StateSink;
 
+/// Who takes a device's state in.
+enum Taker<'a> {
+    /// A loader.
+    Loader,
+    /// This thread.
+    Here(&'a mut dyn StateSink),
+}
+
 /// What arrived of one device.
-#[derive(Debug)]
-struct Stream {
+struct Stream<'a> {
     id: String,
     limit: u64,
     bytes: u64,
     checksum: u32,
-    loaded: bool,
+    /// All of it is there: it is loaded, or a loader does that.
+    ended: bool,
+    taker: Taker<'a>,
+    /// Time it took in this thread since the last round.
+    took: Duration,
 }
 
-impl Stream {
+impl Stream<'_> {
     fn broken(&self, reason: &'static str) -> MigrationError {
         MigrationError::StateBroken {
             id: self.id.clone(),
@@ -34,13 +46,26 @@ impl Stream {
 /// The state of loading.
 pub(super) struct Loading<'a> {
     memory: &'a GuestMemory,
+    loaders: &'a Loaders,
     page_bytes: u64,
-    streams: Vec<Stream>,
+    streams: Vec<Stream<'a>>,
     /// Bytes of memory told of since the last round's end.
     round_bytes: u64,
+    /// Time spent on loading, and on waiting for loaders.
     load: Duration,
     /// Since the status was last told: pages, zero pages, bytes of device state.
     news: (u64, u64, u64),
+}
+
+fn micros_of(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn stopped(stopped: Stopped) -> MigrationError {
+    match stopped {
+        Stopped::Device(Failure { doing, cause }) => MigrationError::Device { doing, cause },
+        Stopped::Link(error) => error.into(),
+    }
 }
 
 fn wide(bytes: usize) -> u64 {
@@ -48,16 +73,21 @@ fn wide(bytes: usize) -> u64 {
 }
 
 impl<'a> Loading<'a> {
-    pub(super) fn new(manifest: &Manifest, memory: &'a GuestMemory) -> Self {
+    /// Nothing has arrived. Every device has a loader but for those told of by
+    /// [`load_here`](Self::load_here).
+    pub(super) fn new(manifest: &Manifest, memory: &'a GuestMemory, loaders: &'a Loaders) -> Self {
         let streams = manifest.devices.iter().map(|device| Stream {
             id: device.id.clone(),
             limit: device.max_state_bytes,
             bytes: 0,
             checksum: 0,
-            loaded: false,
+            ended: false,
+            taker: Taker::Loader,
+            took: Duration::ZERO,
         });
         Self {
             memory,
+            loaders,
             page_bytes: manifest.page_size.max(1),
             streams: streams.collect(),
             round_bytes: 0,
@@ -66,9 +96,11 @@ impl<'a> Loading<'a> {
         }
     }
 
-    /// Time spent in loading state, in µs.
-    pub(super) fn load_us(&self) -> u64 {
-        u64::try_from(self.load.as_micros()).unwrap_or(u64::MAX)
+    /// The device at `index` is loaded by this thread, into `sink`.
+    pub(super) fn load_here(&mut self, index: usize, sink: &'a mut dyn StateSink) {
+        if let Some(stream) = self.streams.get_mut(index) {
+            stream.taker = Taker::Here(sink);
+        }
     }
 
     /// Tells the status of one frame's payload.
@@ -91,9 +123,15 @@ impl<'a> Loading<'a> {
         Ok(())
     }
 
-    /// The source says that a round is complete: whether we have it all.
-    pub(super) fn round_end(&mut self, round: Round) -> Result<Round, MigrationError> {
+    /// The source says that a round is complete: whether we have it all, the devices' state
+    /// taken in too, so that what a device does at the first of it is not the guest's time.
+    pub(super) fn round_end(&mut self, round: Round, link: &Link) -> Result<Round, MigrationError> {
         self.compare(round.memory_bytes)?;
+        self.loaders.wait_taken(link).map_err(stopped)?;
+        self.loaders.take_times();
+        for stream in &mut self.streams {
+            stream.took = Duration::ZERO;
+        }
         Ok(round)
     }
 
@@ -106,19 +144,19 @@ impl<'a> Loading<'a> {
         }
     }
 
-    /// A piece of one device's state.
+    /// A piece of one device's state, which a loader may keep, leaving another buffer.
     pub(super) fn chunk(
         &mut self,
-        payload: &[u8],
-        sinks: &mut [Box<dyn StateSink>],
+        payload: &mut Vec<u8>,
         link: &Link,
     ) -> Result<(), MigrationError> {
-        let (index, data) = chunk_open(payload).map_err(|cause| link.bad_frame(cause))?;
-        let (stream, sink) = find(&mut self.streams, sinks, index)?;
-        if stream.loaded {
+        let (number, data) = chunk_open(payload).map_err(|cause| link.bad_frame(cause))?;
+        let stream = find(&mut self.streams, number)?;
+        if stream.ended {
             return Err(stream.broken("more came after its end"));
         }
-        stream.bytes = stream.bytes.saturating_add(wide(data.len()));
+        let bytes = wide(data.len());
+        stream.bytes = stream.bytes.saturating_add(bytes);
         if stream.bytes > stream.limit {
             return Err(MigrationError::StateTooLong {
                 id: stream.id.clone(),
@@ -126,19 +164,27 @@ impl<'a> Loading<'a> {
             });
         }
         stream.checksum = crc32c::crc32c_append(stream.checksum, data);
-        sink.write(data).map_err(failed("taking its state"))?;
-        self.news.2 = wide(data.len());
+        match &mut stream.taker {
+            Taker::Loader => {
+                let index = usize::from(number);
+                self.loaders.push(index, payload, link).map_err(stopped)?;
+            }
+            Taker::Here(sink) => {
+                let began = Instant::now();
+                sink.write(data).map_err(failed("taking its state"))?;
+                stream.took = stream.took.saturating_add(began.elapsed());
+            }
+        }
+        self.news.2 = bytes;
         Ok(())
     }
 
-    /// One device's state is complete: loads it, while others still arrive.
-    pub(super) fn device_end(
-        &mut self,
-        end: DeviceEnd,
-        sinks: &mut [Box<dyn StateSink>],
-    ) -> Result<(), MigrationError> {
-        let (stream, sink) = find(&mut self.streams, sinks, end.index)?;
-        if stream.loaded {
+    /// One device's state is complete: loads it, while others still arrive. Devices load in the
+    /// manifest's order but for neighbours that have loaders, which load at once.
+    pub(super) fn device_end(&mut self, end: DeviceEnd, link: &Link) -> Result<(), MigrationError> {
+        let index = usize::from(end.index);
+        let stream = find(&mut self.streams, end.index)?;
+        if stream.ended {
             return Err(stream.broken("it ended twice"));
         }
         if stream.bytes != end.bytes {
@@ -147,35 +193,67 @@ impl<'a> Loading<'a> {
         if stream.checksum != end.checksum {
             return Err(stream.broken("its checksum differs"));
         }
-        stream.loaded = true;
+        stream.ended = true;
+        let has_loader = matches!(stream.taker, Taker::Loader);
+        let early = self
+            .streams
+            .iter()
+            .take(index)
+            .any(|before| !before.ended && has_loader != matches!(before.taker, Taker::Loader));
+        let stream = find(&mut self.streams, end.index)?;
+        if early {
+            return Err(stream.broken("it ended before a device that is loaded before it"));
+        }
         let began = Instant::now();
-        sink.finish_load().map_err(failed("loading its state"))?;
+        match &mut stream.taker {
+            Taker::Loader => self.loaders.finish(index),
+            Taker::Here(sink) => {
+                self.loaders.wait_loaded(index, link).map_err(stopped)?;
+                let own = Instant::now();
+                sink.finish_load().map_err(failed("loading its state"))?;
+                stream.took = stream.took.saturating_add(own.elapsed());
+            }
+        }
         self.load = self.load.saturating_add(began.elapsed());
         Ok(())
     }
 
-    /// The source says that it sent everything: whether we have it all.
-    pub(super) fn complete(&mut self, complete: Complete) -> Result<(), MigrationError> {
+    /// The source says that it sent everything: waits until it is loaded, and says what that took,
+    /// if we have it all.
+    pub(super) fn complete(
+        &mut self,
+        complete: Complete,
+        link: &Link,
+    ) -> Result<Ready, MigrationError> {
         self.compare(complete.memory_bytes)?;
-        match self.streams.iter().find(|stream| !stream.loaded) {
-            None => Ok(()),
-            Some(stream) => Err(stream.broken("it never ended")),
+        if let Some(stream) = self.streams.iter().find(|stream| !stream.ended) {
+            return Err(stream.broken("it never ended"));
         }
+        let began = Instant::now();
+        let count = self.streams.len();
+        self.loaders.wait_loaded(count, link).map_err(stopped)?;
+        self.load = self.load.saturating_add(began.elapsed());
+        for (index, took) in self.loaders.take_times() {
+            if let Some(stream) = self.streams.get_mut(index) {
+                stream.took = took;
+            }
+        }
+        let times = self.streams.iter().map(|stream| micros_of(stream.took));
+        Ok(Ready {
+            load_us: micros_of(self.load),
+            devices_us: times.collect(),
+        })
     }
 }
 
-/// The stream and the sink of a device that a frame names.
-fn find<'s>(
-    streams: &'s mut [Stream],
-    sinks: &'s mut [Box<dyn StateSink>],
-    index: u16,
-) -> Result<(&'s mut Stream, &'s mut dyn StateSink), MigrationError> {
-    let place = usize::from(index);
-    match (streams.get_mut(place), sinks.get_mut(place)) {
-        (Some(stream), Some(sink)) => Ok((stream, sink.as_mut())),
-        _ => Err(MigrationError::StateBroken {
-            id: format!("device {index} ({:?})", Kind::DeviceChunk),
-            reason: "the manifest has no such device",
-        }),
-    }
+/// The stream of a device that a frame names.
+fn find<'s, 'a>(
+    streams: &'s mut [Stream<'a>],
+    number: u16,
+) -> Result<&'s mut Stream<'a>, MigrationError> {
+    let found = streams.get_mut(usize::from(number));
+    found.ok_or_else(|| MigrationError::StateBroken {
+        id: format!("device {number} ({:?})", Kind::DeviceChunk),
+        reason: "the manifest has no such device",
+    })
 }

@@ -81,7 +81,7 @@ proptest! {
         round_trip(Kind::RoundEnd, &Round { round, memory_bytes: bytes });
         round_trip(Kind::DeviceEnd, &DeviceEnd { index, bytes, checksum });
         round_trip(Kind::Complete, &Complete { memory_bytes: bytes });
-        round_trip(Kind::Ready, &Ready { load_us });
+        round_trip(Kind::Ready, &Ready { load_us, devices_us: vec![load_us; 3] });
         round_trip(Kind::Commit, &Commit);
         round_trip(Kind::Running, &Running { run_us: load_us });
         round_trip(Kind::Abort, &Abort { reason });

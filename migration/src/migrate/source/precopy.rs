@@ -7,6 +7,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::streams::LISTEN;
 use super::{MigrationError, Sent, Source};
 use crate::dirty::Collect;
 use crate::migrate::frame::Kind;
@@ -60,7 +61,7 @@ impl Source<'_> {
             self.collect(Guest::Runs)?;
             let estimate = self.estimate()?;
             self.tell_round(round, sent, began, estimate);
-            if estimate <= self.params.downtime() {
+            if estimate <= self.params.downtime() && self.readers.unready().is_empty() {
                 return Ok(());
             }
             if self.time_is_up() {
@@ -77,13 +78,20 @@ impl Source<'_> {
 
     /// Sends everything that is dirty, devices taking turns with memory.
     fn round(&mut self, round: u32) -> Result<Ended, MigrationError> {
-        self.begin_turns()?;
+        self.begin_device_round();
+        let shortest = Instant::now().checked_add(SHORTEST_ROUND);
         loop {
             let memory = self.send_pages(Guest::Runs)?;
-            let device = self.send_precopy_chunk()?;
+            let device = self.send_ready_chunk()?;
             let bytes = memory.saturating_add(device);
             if bytes == 0 {
-                break;
+                // Devices that still read have the rest of a shortest round; then the next begins
+                // beside them.
+                let over = shortest.is_none_or(|end| Instant::now() >= end);
+                if over || !self.readers.is_reading() {
+                    break;
+                }
+                self.readers.wait_news(LISTEN);
             }
             let now = Instant::now();
             let wait = self.pacer.pay(bytes, now);
@@ -227,19 +235,22 @@ impl Source<'_> {
     }
 
     /// How long the guest would stand still if it moved now: what is left of memory and of the
-    /// devices' states over the bandwidth, a last look at all sources, and two questions
-    /// (`Complete`, `Commit`) with their answers.
+    /// devices' states over the bandwidth, or what the slowest device takes to give its part if that
+    /// is longer; a last look at all sources, and two questions (`Complete`, `Commit`) with their
+    /// answers.
     pub(super) fn estimate(&mut self) -> Result<Duration, MigrationError> {
         let memory = self
             .parts
             .dirty
             .dirty_pages()
             .saturating_mul(self.page_bytes);
-        let bytes = memory.saturating_add(self.device_bytes_left()?);
+        let (devices, reading) = self.devices_left()?;
+        let bytes = memory.saturating_add(devices);
         let latency = self.costs.latency.unwrap_or_default();
         let estimate = self
             .bandwidth
             .time_for(bytes)
+            .max(reading)
             .saturating_add(self.costs.collect)
             .saturating_add(latency.saturating_mul(2));
         self.story
@@ -254,7 +265,8 @@ impl Source<'_> {
             .dirty
             .dirty_pages()
             .saturating_mul(self.page_bytes);
-        if dirty >= self.bandwidth.bytes_in(SHORTEST_ROUND) {
+        // A round beside devices that read takes its time by itself.
+        if dirty >= self.bandwidth.bytes_in(SHORTEST_ROUND) || self.readers.is_reading() {
             return Ok(());
         }
         let left = self.deadline.map_or(SHORTEST_ROUND, |deadline| {
@@ -270,6 +282,14 @@ impl Source<'_> {
             TimeoutStrategy::Ignore => Ok(()),
             TimeoutStrategy::Cancel => {
                 let estimate = self.estimate()?;
+                let unready = self.readers.unready();
+                if estimate <= self.params.downtime() && !unready.is_empty() {
+                    let named = unready.into_iter().map(|index| self.id(index));
+                    return Err(MigrationError::DevicesNotReady {
+                        timeout_s: self.params.timeout_s,
+                        ids: named.collect::<Vec<_>>().join(", "),
+                    });
+                }
                 Err(MigrationError::TimedOut {
                     timeout_s: self.params.timeout_s,
                     remaining_pages: self.parts.dirty.dirty_pages(),

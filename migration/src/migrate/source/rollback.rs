@@ -3,19 +3,43 @@
 use super::{Begun, MigrationError, Source, SourceParts};
 use crate::error_chain::ErrorChain;
 use crate::migrate::link::LinkError;
+use crate::migrate::observer::MigrationEvent;
 use crate::migrate::phase::SourcePhase;
+use crate::state::StateError;
 
-/// Undoes what was begun. Everything is tried, whatever fails; gives what failed.
+/// How putting back went.
+#[derive(Debug, Default)]
+pub(super) struct PutBack {
+    /// What failed.
+    pub(super) problems: Vec<String>,
+    /// Devices that run only because they were reset, and why.
+    resets: Vec<(String, String)>,
+}
+
+/// Undoes what was begun. Everything is tried, whatever fails.
 ///
 /// The guest first: devices run again before the vCPUs that use them, in the reverse of the order
-/// in which they came to rest. That nobody looks at what it writes any more is cleaned up after.
-pub(super) fn put_back(parts: &mut SourceParts, begun: Begun) -> Vec<String> {
-    let mut problems = Vec::new();
+/// in which they came to rest, and none before all are awake. That nobody looks at what it writes
+/// any more is cleaned up after.
+pub(super) fn put_back(parts: &mut SourceParts, begun: Begun) -> PutBack {
+    let PutBack {
+        mut problems,
+        mut resets,
+    } = PutBack::default();
     parts.dirty.put_back();
-    for device in parts.devices.iter_mut().take(begun.devices).rev() {
-        if let Err(error) = device.abort() {
-            problems.push(ErrorChain(&error).to_string());
+    let devices = parts.devices.iter().take(begun.devices).rev();
+    for device in devices.clone() {
+        device.lock().wake();
+    }
+    for device in devices {
+        let Err(error) = device.lock().abort() else {
+            continue;
+        };
+        let problem = ErrorChain(&error).to_string();
+        if let StateError::Reset { id, cause, .. } = error {
+            resets.push((id, ErrorChain(&*cause).to_string()));
         }
+        problems.push(problem);
     }
     if begun.vcpus
         && let Err(error) = parts.vcpus.resume()
@@ -30,7 +54,7 @@ pub(super) fn put_back(parts: &mut SourceParts, begun: Begun) -> Vec<String> {
             problems.push(ErrorChain(&error).to_string());
         }
     }
-    problems
+    PutBack { problems, resets }
 }
 
 impl Source<'_> {
@@ -42,7 +66,13 @@ impl Source<'_> {
             self.story.source(SourcePhase::Aborted { why });
             return cause;
         }
-        let problems = put_back(self.parts, self.begun);
+        // They hold devices as long as they read.
+        self.readers.quit();
+        let PutBack { problems, resets } = put_back(self.parts, self.begun);
+        for (device, why) in resets {
+            self.story
+                .tell(&MigrationEvent::DeviceReset { device, why });
+        }
         let error = if problems.is_empty() {
             cause
         } else {

@@ -8,7 +8,7 @@ use crate::migrate::frame::Kind;
 use crate::migrate::link::{LinkError, Wait};
 use crate::migrate::phase::SourcePhase;
 use crate::migrate::protocol::{Commit, Complete, Ready, Running};
-use crate::migrate::status::Downtime;
+use crate::migrate::status::{DeviceDowntime, Downtime};
 
 /// Measures one part of the downtime after the other.
 struct Lap {
@@ -40,11 +40,16 @@ impl Source<'_> {
     /// Stops the guest, sends the rest, and hands the guest over.
     pub(super) fn switchover(&mut self) -> Result<Downtime, MigrationError> {
         let mut lap = Lap::start();
-        let mut downtime = Downtime::default();
+        let mut downtime = Downtime {
+            devices: self.no_times(),
+            ..Downtime::default()
+        };
         self.stand_still(&mut lap, &mut downtime)?;
         self.collect(Guest::StandsStill)?;
         downtime.final_sync = lap.next();
+        // The devices are read meanwhile; what of them is ready takes turns with memory.
         while self.send_pages(Guest::StandsStill)? > 0 {
+            self.send_ready_chunk()?;
             self.link.listen_for(Duration::ZERO)?;
         }
         downtime.memory = lap.next();
@@ -59,14 +64,43 @@ impl Source<'_> {
             .link
             .receive_message(Kind::Ready, Wait::Answer, awaited)?;
         downtime.destination_load = ready.load_us;
+        self.complete_times(&mut downtime.devices, &ready.devices_us);
         self.parts.dirty.acknowledge();
         self.sent = Sent::default();
         lap.next();
         self.hand_over()?;
         downtime.commit = lap.next();
         downtime.total = lap.total();
-        self.story.update(|now| now.downtime = Some(downtime));
+        let told = downtime.clone();
+        self.story.update(|now| now.downtime = Some(told));
         Ok(downtime)
+    }
+
+    /// The devices' parts of a downtime that begins.
+    fn no_times(&mut self) -> Vec<DeviceDowntime> {
+        let streams = self.streams.0.iter_mut();
+        streams
+            .zip(&self.parts.manifest.devices)
+            .map(|(stream, device)| {
+                stream.sending = Duration::ZERO;
+                DeviceDowntime {
+                    id: device.id.clone(),
+                    // What is sent by the end less this.
+                    bytes: stream.bytes,
+                    ..DeviceDowntime::default()
+                }
+            })
+            .collect()
+    }
+
+    /// All is loaded at the destination, which took `loads` µs, device by device.
+    fn complete_times(&self, times: &mut [DeviceDowntime], loads: &[u64]) {
+        for (index, (time, stream)) in times.iter_mut().zip(&self.streams.0).enumerate() {
+            time.bytes = stream.bytes.saturating_sub(time.bytes);
+            time.read = micros_of(self.readers.stopped_took(index));
+            time.send = micros_of(stream.sending);
+            time.load = loads.get(index).copied().unwrap_or_default();
+        }
     }
 
     /// Stops everything that writes guest memory: the vCPUs; then all devices start nothing more
@@ -86,18 +120,27 @@ impl Source<'_> {
                 cause,
             })?;
         downtime.pause_vcpus = lap.next();
-        for device in &mut self.parts.devices {
-            device.quiesce().map_err(|cause| MigrationError::Device {
+        for (device, time) in self.parts.devices.iter().zip(&mut downtime.devices) {
+            let began = Instant::now();
+            let quiet = device.lock().quiesce();
+            time.quiesce = micros_of(began.elapsed());
+            quiet.map_err(|cause| MigrationError::Device {
                 doing: "coming to rest",
                 cause,
             })?;
         }
         downtime.quiesce = lap.next();
-        for device in &mut self.parts.devices {
-            device.stop().map_err(|cause| MigrationError::Device {
+        let devices = self.parts.devices.iter().zip(&mut downtime.devices);
+        for (index, (device, time)) in devices.enumerate() {
+            let began = Instant::now();
+            let stopped = device.lock().stop();
+            time.stop = micros_of(began.elapsed());
+            stopped.map_err(|cause| MigrationError::Device {
                 doing: "stopping",
                 cause,
             })?;
+            // It is read while the others stop.
+            self.readers.begin_stop_copy(index);
         }
         downtime.stop = lap.next();
         Ok(())

@@ -51,6 +51,9 @@ pub(super) fn differences(a: &MemoryHandle, b: &MemoryHandle) -> Vec<u64> {
         .collect()
 }
 
+/// What parts were told, in order: who, and what.
+pub(super) type Events = Arc<Mutex<Vec<(String, &'static str)>>>;
+
 /// Where a part is told to fail.
 #[derive(Clone, Default)]
 pub(super) struct Failure(pub(super) Option<&'static str>);
@@ -250,6 +253,24 @@ pub(super) struct FakeDevice {
     pub(super) failure: Failure,
     /// A page it writes when it comes to rest and when it stops.
     pub(super) last_write: Option<(Arc<Writer>, MemoryHandle, u64)>,
+    pub(super) streamed: bool,
+    pub(super) pace: Pace,
+    pub(super) events: Events,
+}
+
+/// How fast a device gives or takes its state.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Pace {
+    /// Each read or write.
+    pub(super) each: Duration,
+    /// The first of them.
+    pub(super) first: Duration,
+}
+
+impl Pace {
+    fn take(&mut self) {
+        std::thread::sleep(std::mem::take(&mut self.first) + self.each);
+    }
 }
 
 impl FakeDevice {
@@ -259,7 +280,12 @@ impl FakeDevice {
         }
     }
 
+    fn tell(&self, what: &'static str) {
+        self.events.lock().push((self.id.clone(), what));
+    }
+
     fn read(&mut self, end: usize, buffer: &mut [u8]) -> usize {
+        self.pace.take();
         let rest = &self.state[self.sent.min(end)..end];
         let count = rest.len().min(buffer.len());
         buffer[..count].copy_from_slice(&rest[..count]);
@@ -273,11 +299,16 @@ impl StateSource for FakeDevice {
         &self.id
     }
 
+    fn is_streamed(&self) -> bool {
+        self.streamed
+    }
+
     fn size(&mut self) -> Result<StateSize, StateError> {
         self.failure.check(&self.id, "size")?;
         let precopy = self.precopy.saturating_sub(self.sent);
         Ok(StateSize {
             precopy_bytes: precopy as u64,
+            initial_bytes: precopy as u64,
             stop_copy_bytes: (self.state.len() - self.sent - precopy) as u64,
         })
     }
@@ -300,6 +331,7 @@ impl StateSource for FakeDevice {
     fn quiesce(&mut self) -> Result<(), StateError> {
         assert_eq!(*self.view.mode.lock(), Mode::Precopy);
         *self.view.mode.lock() = Mode::Quiesced;
+        self.tell("quiesce");
         self.last_write(0);
         self.failure.check(&self.id, "quiesce")
     }
@@ -308,6 +340,7 @@ impl StateSource for FakeDevice {
         assert_eq!(*self.view.mode.lock(), Mode::Quiesced);
         self.last_write(PAGE);
         *self.view.mode.lock() = Mode::Stopped;
+        self.tell("stop");
         self.failure.check(&self.id, "stop")
     }
 
@@ -317,8 +350,25 @@ impl StateSource for FakeDevice {
         Ok(self.read(self.state.len(), buffer))
     }
 
+    fn wake(&mut self) {
+        self.tell("wake");
+        let mut mode = self.view.mode.lock();
+        if *mode == Mode::Stopped {
+            *mode = Mode::Quiesced;
+        }
+    }
+
     fn abort(&mut self) -> Result<(), StateError> {
-        *self.view.mode.lock() = Mode::Running;
+        self.tell("abort");
+        let before = std::mem::replace(&mut *self.view.mode.lock(), Mode::Running);
+        assert_ne!(before, Mode::Stopped, "it was not woken");
+        if self.failure.0 == Some("reset") {
+            return Err(StateError::Reset {
+                id: self.id.clone(),
+                operation: "going on",
+                cause: "told to".into(),
+            });
+        }
         self.failure.check(&self.id, "abort")
     }
 
@@ -335,6 +385,7 @@ pub(super) enum SinkMode {
     Fresh,
     Prepared,
     Loaded,
+    Awake,
     Running,
     Aborted,
 }
@@ -350,6 +401,9 @@ pub(super) struct FakeSink {
     pub(super) id: String,
     /// How long it takes to load.
     pub(super) delay: Duration,
+    pub(super) streamed: bool,
+    pub(super) pace: Pace,
+    pub(super) events: Events,
     pub(super) view: SinkView,
     pub(super) failure: Failure,
 }
@@ -359,6 +413,10 @@ impl StateSink for FakeSink {
         &self.id
     }
 
+    fn is_streamed(&self) -> bool {
+        self.streamed
+    }
+
     fn prepare(&mut self) -> Result<(), StateError> {
         *self.view.mode.lock() = SinkMode::Prepared;
         self.failure.check(&self.id, "prepare")
@@ -366,20 +424,31 @@ impl StateSink for FakeSink {
 
     fn write(&mut self, chunk: &[u8]) -> Result<(), StateError> {
         assert_eq!(*self.view.mode.lock(), SinkMode::Prepared);
+        self.pace.take();
         self.view.state.lock().extend_from_slice(chunk);
         self.failure.check(&self.id, "write")
     }
 
     fn finish_load(&mut self) -> Result<(), StateError> {
         assert_eq!(*self.view.mode.lock(), SinkMode::Prepared);
+        self.events.lock().push((self.id.clone(), "load"));
         std::thread::sleep(self.delay);
+        self.events.lock().push((self.id.clone(), "loaded"));
         *self.view.mode.lock() = SinkMode::Loaded;
         self.failure.check(&self.id, "finish_load")
     }
 
-    fn run(&mut self) -> Result<(), StateError> {
+    fn wake(&mut self) -> Result<(), StateError> {
         assert_eq!(*self.view.mode.lock(), SinkMode::Loaded);
+        *self.view.mode.lock() = SinkMode::Awake;
+        self.events.lock().push((self.id.clone(), "wake"));
+        self.failure.check(&self.id, "wake")
+    }
+
+    fn run(&mut self) -> Result<(), StateError> {
+        assert_eq!(*self.view.mode.lock(), SinkMode::Awake);
         *self.view.mode.lock() = SinkMode::Running;
+        self.events.lock().push((self.id.clone(), "run"));
         self.failure.check(&self.id, "run")
     }
 

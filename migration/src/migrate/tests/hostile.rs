@@ -139,12 +139,12 @@ fn another_version_is_named_on_both_sides() {
         peer.say_bytes(&bytes);
         assert!(peer.hear_abort().contains("protocol 7"));
     });
-    expect(&error, &["protocol 7", "speaks 1", "listening"]);
+    expect(&error, &["protocol 7", "speaks 2", "listening"]);
     let error = against_source(|peer| {
         peer.hear();
         peer.say_bytes(&bytes);
     });
-    expect(&error, &["protocol 7", "speaks 1", "preflight"]);
+    expect(&error, &["protocol 7", "speaks 2", "preflight"]);
 }
 
 #[test]
@@ -193,7 +193,13 @@ fn frames_out_of_place_are_refused() {
     expect(&error, &["unexpected Manifest frame"]);
     let error = against_source(|peer| {
         peer.hear();
-        peer.say(Kind::Ready, &Ready { load_us: 0 });
+        peer.say(
+            Kind::Ready,
+            &Ready {
+                load_us: 0,
+                devices_us: Vec::new(),
+            },
+        );
     });
     expect(&error, &["preflight", "unexpected Ready frame"]);
 }
@@ -290,15 +296,22 @@ fn broken_device_state_is_noticed() {
         peer.say(Kind::DeviceEnd, &end(1, 10, sum ^ 1));
     });
     expect(&error, &["nic", "checksum differs"]);
+    let error = against_loading(|peer| peer.say(Kind::DeviceEnd, &end(1, 0, 0)));
+    expect(
+        &error,
+        &["nic", "ended before a device that is loaded before it"],
+    );
     let error = against_loading(|peer| {
+        peer.say(Kind::DeviceEnd, &end(0, 0, 0));
         peer.say_frame(Kind::DeviceChunk, chunk(1, 10));
         peer.say(Kind::DeviceEnd, &end(1, 10, sum));
         peer.say_frame(Kind::DeviceChunk, chunk(1, 10));
     });
     expect(&error, &["nic", "more came after its end"]);
     let error = against_loading(|peer| {
-        peer.say(Kind::DeviceEnd, &end(1, 0, 0));
-        peer.say(Kind::DeviceEnd, &end(1, 0, 0));
+        for index in [0, 1, 1] {
+            peer.say(Kind::DeviceEnd, &end(index, 0, 0));
+        }
     });
     expect(&error, &["nic", "ended twice"]);
     let error = against_loading(|peer| {
@@ -397,10 +410,10 @@ fn a_bad_manifest_is_refused_for_each_fault() {
             assert!(matches!(peer.hear(), Some((Kind::Refuse, _))));
         })
     };
-    let error = try_with(&|bad| bad.protocol = 2);
+    let error = try_with(&|bad| bad.protocol = 3);
     expect(
         &error,
-        &["protocol: the source speaks version 2, this side 1"],
+        &["protocol: the source speaks version 3, this side 2"],
     );
     for size in [0, 2048, 12288, 2 << 20] {
         let error = try_with(&|bad| bad.page_size = size);

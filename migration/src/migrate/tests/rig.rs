@@ -56,6 +56,11 @@ pub(super) struct Failures {
     pub(super) device: Failure,
     pub(super) sink: Failure,
     pub(super) resume: Failure,
+    /// How fast the second device gives its state and takes it in.
+    pub(super) pace: Pace,
+    /// What the source's parts were told, and the destination's.
+    pub(super) source_events: Events,
+    pub(super) sink_events: Events,
 }
 
 pub(super) fn manifest() -> Manifest {
@@ -109,6 +114,13 @@ pub(super) fn leaving(failures: &Failures) -> Leaving {
                 Failure::default()
             },
             last_write: Some((writer.clone(), memory.clone(), gpa)),
+            streamed: index > 0,
+            pace: if index == 1 {
+                failures.pace
+            } else {
+                Pace::default()
+            },
+            events: failures.source_events.clone(),
         };
         views.push(device.view.clone());
         states.push(state);
@@ -185,9 +197,17 @@ impl DestinationHost for Host {
                 } else {
                     Duration::ZERO
                 };
+                let pace = if index == 1 {
+                    self.failures.pace
+                } else {
+                    Pace::default()
+                };
                 Box::new(FakeSink {
                     id: id.into(),
                     delay,
+                    streamed: index > 0,
+                    pace,
+                    events: self.failures.sink_events.clone(),
                     view: self.sinks[index].clone(),
                     failure,
                 }) as Box<dyn crate::StateSink>

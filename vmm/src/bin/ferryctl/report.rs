@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Serialize;
-use vmm::api::{Downtime, MigrationStatus};
+use vmm::api::{DeviceDowntime, Downtime, MigrationStatus};
 
 /// A finished migration.
 #[derive(Debug, Serialize)]
@@ -28,11 +28,14 @@ pub(crate) struct Report {
 impl Report {
     pub(crate) fn new(source: MigrationStatus, destination: MigrationStatus) -> Self {
         let dirty = source.sources.iter();
-        let downtime = source.downtime.unwrap_or_default();
+        let downtime = source
+            .downtime
+            .as_ref()
+            .map_or(0, |downtime| downtime.total);
         Self {
             rounds: source.rounds,
             total_ms: source.elapsed_ms,
-            downtime_ms: milliseconds(downtime.total),
+            downtime_ms: milliseconds(downtime),
             bytes: source.bytes,
             dirty_pages: dirty.map(|one| (one.id.clone(), one.total_pages)).collect(),
             source,
@@ -78,6 +81,9 @@ impl fmt::Display for Report {
                 )?;
             }
         }
+        if let Some(downtime) = &status.downtime {
+            write_devices(out, &downtime.devices)?;
+        }
         writeln!(out, "Dirtied   (pages in all reports, by who reports them)")?;
         for source in &status.sources {
             writeln!(
@@ -88,6 +94,30 @@ impl fmt::Display for Report {
         }
         Ok(())
     }
+}
+
+/// Times below this, in µs, show as nothing.
+const NOTHING: u64 = 50;
+
+/// What each device took of the downtime, unless it took nothing worth the line.
+fn write_devices(out: &mut fmt::Formatter<'_>, devices: &[DeviceDowntime]) -> fmt::Result {
+    let parts = |one: &DeviceDowntime| [one.quiesce, one.stop, one.read, one.send, one.load];
+    let shown = |one: &&DeviceDowntime| parts(one).iter().any(|part| *part >= NOTHING);
+    if !devices.iter().any(|one| shown(&one)) {
+        return Ok(());
+    }
+    writeln!(
+        out,
+        "          ms:     rest     stop     read     sent   loaded  (in part at once)"
+    )?;
+    for one in devices.iter().filter(shown) {
+        write!(out, "             ")?;
+        for part in parts(one) {
+            write!(out, "{:>8.1} ", milliseconds(part))?;
+        }
+        writeln!(out, " {}, {}", one.id, human_bytes(one.bytes))?;
+    }
+    Ok(())
 }
 
 /// The parts of the downtime in the order they happen, in microseconds.
@@ -147,7 +177,11 @@ mod tests {
                          "total_pages": 77, "last_report_us": 12}],
             "bandwidth": 1048576, "downtime_estimate_us": null,
             "downtime": {"pause_vcpus": 100, "quiesce": 0, "stop": 0, "final_sync": 0, "memory": 0,
-                         "device_state": 0, "destination_load": 0, "commit": 0, "total": 42100},
+                         "device_state": 0, "destination_load": 0, "commit": 0, "total": 42100,
+                "devices": [{"id": "nic0", "quiesce": 100, "stop": 2200, "read": 33300, "send": 400,
+                             "load": 5500, "bytes": 2048},
+                            {"id": "rtc", "quiesce": 0, "stop": 3, "read": 0, "send": 9, "load": 1,
+                             "bytes": 9}]},
             "aborted": null}"#;
         let status: MigrationStatus = serde_json::from_str(json).unwrap();
         let report = Report::new(status.clone(), status);
@@ -158,9 +192,11 @@ mod tests {
             "1.0 GiB in 3 rounds",
             "77  kvm",
             "0.1 ms  stopping the vCPUs",
+            "0.1      2.2     33.3      0.4      5.5  nic0, 2.0 KiB",
         ] {
             assert!(text.contains(part), "{part} is not in:\n{text}");
         }
+        assert!(!text.contains("rtc"), "it took nothing:\n{text}");
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(json["dirty_pages"]["kvm"], 77);
         assert_eq!(json["downtime_ms"], 42.1);
