@@ -5,7 +5,7 @@ mod compat;
 use devices::rtc::{self, Rtc};
 use devices::serial::{self, Serial};
 use hypervisor::Cpuid;
-use passthrough::Passthrough;
+use passthrough::{MigrationFlags, Passthrough};
 use virtio_devices::VirtioPciDevice;
 use vm_migration::migrate::{DeviceManifest, Manifest, MemoryRegion, Migratable, Refusal};
 use vm_migration::{ErrorChain, MemoryHandle, SaveRestore};
@@ -70,8 +70,9 @@ fn devices(machine: &Machine) -> Vec<DeviceManifest> {
     for function in machine.devices().virtio() {
         all.push(virtio_entry(function, machine.ram().handle()));
     }
-    for user in machine.devices().users() {
-        all.push(passthrough_entry(&user.id, &user.device));
+    let users = machine.devices().users();
+    for user in users {
+        all.push(passthrough_entry(&user.id, &user.device, users.len()));
     }
     all.push(entry(
         PCI_ID,
@@ -114,9 +115,10 @@ fn virtio_entry(function: &VirtioFunction, memory: &MemoryHandle) -> DeviceManif
     }
 }
 
-fn passthrough_entry(id: &str, device: &Passthrough) -> DeviceManifest {
+/// A passthrough device, one of `count`.
+fn passthrough_entry(id: &str, device: &Passthrough, count: usize) -> DeviceManifest {
     let migratable = match device.state_source().and_then(|_| device.dirty_source()) {
-        Ok(_) => Migratable::Yes,
+        Ok(_) => beside_others(device.profile().migration, count),
         Err(error) => Migratable::No {
             reason: ErrorChain(&error).to_string(),
             remedy: "unplug it before the migration, or give a server that can migrate".into(),
@@ -128,6 +130,23 @@ fn passthrough_entry(id: &str, device: &Passthrough) -> DeviceManifest {
         compat: compat::of_passthrough(device.profile()),
         migratable,
         max_state_bytes: MAX_PASSTHROUGH_STATE,
+    }
+}
+
+/// Whether one of `count` passthrough devices with these features can move. Devices may do DMA to
+/// each other, and one of them stops first: with several, each must be able to stop that before it
+/// stops itself (uAPI of VFIO, "The RUNNING_P2P state").
+fn beside_others(flags: Option<MigrationFlags>, count: usize) -> Migratable {
+    let quiesces = flags.is_some_and(|flags| flags.contains(MigrationFlags::P2P));
+    if count < 2 || quiesces {
+        return Migratable::Yes;
+    }
+    Migratable::No {
+        reason: format!(
+            "it is one of {count} passthrough devices and cannot be kept from peer-to-peer DMA \
+             while they stop one after the other (it has no RUNNING_P2P)"
+        ),
+        remedy: "unplug it, or all others, before the migration".into(),
     }
 }
 
@@ -172,5 +191,26 @@ fn cpu_misfits(theirs: &Manifest, machine: &Machine) -> Vec<Refusal> {
             .into_iter()
             .map(|missing| Refusal::new("cpuid", missing.to_string(), remedy))
             .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_cannot_quiesce_moves_only_alone() {
+        for flags in MigrationFlags::LEGAL {
+            assert_eq!(beside_others(Some(flags), 1), Migratable::Yes);
+            let quiesces = flags.contains(MigrationFlags::P2P);
+            match beside_others(Some(flags), 3) {
+                Migratable::Yes => assert!(quiesces, "{flags:?}"),
+                Migratable::No { reason, remedy } => {
+                    assert!(!quiesces, "{flags:?}");
+                    assert!(reason.contains("one of 3 passthrough devices"), "{reason}");
+                    assert!(remedy.contains("unplug"), "{remedy}");
+                }
+            }
+        }
     }
 }
