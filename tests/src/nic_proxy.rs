@@ -1,4 +1,5 @@
-//! A man in the middle between `ferry` and `ferry-nic` who can make the DMA log forget, or fail.
+//! A man in the middle between `ferry` and `ferry-nic` who can make the DMA log forget, or fail, and
+//! changes of the migration's state fail.
 //!
 //! It passes messages of vfio-user on, with the file descriptors that come along. Told to, it
 //! zeroes bits in replies to DMA_LOGGING_REPORT: pages the device wrote are then not sent again. A
@@ -48,6 +49,24 @@ pub enum LogFault {
     LastReport,
 }
 
+/// How a change of the migration's state fails.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StateFault {
+    /// The card refuses and stays in the state it is in.
+    Refused,
+    /// The card enters the state, and says that it failed.
+    Denied,
+}
+
+/// A change of state that is to fail, or has begun to.
+#[derive(Debug, Default)]
+pub struct States {
+    /// The next change to this state fails.
+    fault: Mutex<Option<(DeviceState, StateFault)>>,
+    /// The answer to the message of this number is to be an error.
+    denied: Mutex<Option<u16>>,
+}
+
 /// What the proxy does to the dirty log, and did.
 #[derive(Debug, Default)]
 pub struct DirtyLog {
@@ -72,6 +91,8 @@ pub struct NicProxy {
     pub socket: PathBuf,
     /// The dirty log as it passes by.
     pub log: Arc<DirtyLog>,
+    /// Changes of state as they pass by.
+    pub states: Arc<States>,
 }
 
 impl NicProxy {
@@ -82,27 +103,45 @@ impl NicProxy {
     pub fn start(socket: &Path, server: &Path) -> Result<Self> {
         let listener = UnixListener::bind(socket)
             .with_context(|| format!("cannot listen on {}", socket.display()))?;
-        let log = Arc::new(DirtyLog::default());
-        let (server, own) = (server.to_owned(), Arc::clone(&log));
+        let (log, states) = (Arc::new(DirtyLog::default()), Arc::new(States::default()));
+        let own = (Arc::clone(&log), Arc::clone(&states));
+        let server = server.to_owned();
         thread::spawn(move || {
             while let Ok((client, _)) = listener.accept() {
                 // A server that is gone: the client sees its connection close.
-                let _ = connect(client, &server, &own);
+                let _ = connect(client, &server, &own.0, &own.1);
             }
         });
         Ok(Self {
             socket: socket.to_owned(),
             log,
+            states,
         })
     }
 }
 
-fn connect(client: UnixStream, server: &Path, log: &Arc<DirtyLog>) -> Result<()> {
+fn connect(
+    client: UnixStream,
+    server: &Path,
+    log: &Arc<DirtyLog>,
+    states: &Arc<States>,
+) -> Result<()> {
     let server = UnixStream::connect(server)?;
     let (up, down) = ((client.try_clone()?, server.try_clone()?), (server, client));
     let (up_log, log) = (Arc::clone(log), Arc::clone(log));
-    thread::spawn(move || pass_on(up.0, up.1, |message| up_log.look_at_request(message)));
-    thread::spawn(move || pass_on(down.0, down.1, |message| log.look_at(message)));
+    let (up_states, states) = (Arc::clone(states), Arc::clone(states));
+    thread::spawn(move || {
+        pass_on(up.0, up.1, |message| {
+            up_log.look_at_request(message);
+            up_states.look_at_request(message);
+        });
+    });
+    thread::spawn(move || {
+        pass_on(down.0, down.1, |message| {
+            log.look_at(message);
+            states.look_at(message);
+        });
+    });
     Ok(())
 }
 
@@ -164,6 +203,57 @@ fn send(to: &mut UnixStream, message: &[u8], fds: &[OwnedFd]) -> Result<()> {
 fn field(message: &[u8], at: usize) -> Option<u32> {
     let bytes = message.get(at..)?.first_chunk()?;
     Some(u32::from_ne_bytes(*bytes))
+}
+
+impl States {
+    /// Lets the next change to `state` fail.
+    pub fn fail(&self, state: DeviceState, fault: StateFault) {
+        *self.fault.lock() = Some((state, fault));
+    }
+
+    /// Whether the change that was to fail has not come.
+    pub fn is_to_fail(&self) -> bool {
+        self.fault.lock().is_some()
+    }
+
+    fn look_at_request(&self, message: &mut [u8]) {
+        let mut fault = self.fault.lock();
+        let Some((state, how)) = *fault else {
+            return;
+        };
+        if wanted_state(message) != Some(state.number()) {
+            return;
+        }
+        *fault = None;
+        match how {
+            StateFault::Refused => {
+                let at = HEADER_SIZE + size_of::<FeatureMsg>();
+                // A state that there is not.
+                if let Some(number) = message.get_mut(at..at + size_of::<u32>()) {
+                    number.fill(0xff);
+                }
+            }
+            StateFault::Denied => {
+                *self.denied.lock() = Header::read_from_prefix(message)
+                    .ok()
+                    .map(|(header, _)| header.id);
+            }
+        }
+    }
+
+    fn look_at(&self, message: &mut Vec<u8>) {
+        let mut denied = self.denied.lock();
+        let header = Header::read_from_prefix(message)
+            .ok()
+            .map(|(header, _)| header);
+        let is_it = header.is_some_and(|header| {
+            header.flags & TYPE_MASK == TYPE_REPLY && Some(header.id) == *denied
+        });
+        if is_it {
+            *denied = None;
+            make_error(message);
+        }
+    }
 }
 
 impl DirtyLog {
@@ -256,13 +346,17 @@ fn feature_of(message: &[u8], kind: u32) -> Option<(Feature, u32)> {
 
 /// Whether a command has the device go to STOP_COPY.
 fn stops_device(message: &[u8]) -> bool {
-    let Some((Feature::MigDeviceState, flags)) = feature_of(message, TYPE_COMMAND) else {
-        return false;
+    wanted_state(message) == Some(DeviceState::StopCopy.number())
+}
+
+/// The number of the state that a command has the device go to, if it is such a one.
+fn wanted_state(message: &[u8]) -> Option<u32> {
+    let (Feature::MigDeviceState, flags) = feature_of(message, TYPE_COMMAND)? else {
+        return None;
     };
-    let data = message.get(HEADER_SIZE + size_of::<FeatureMsg>()..);
-    let state = data.and_then(|data| MigStateMsg::read_from_prefix(data).ok());
-    flags & FEATURE_SET != 0
-        && state.is_some_and(|(state, _)| state.device_state == DeviceState::StopCopy.number())
+    let data = message.get(HEADER_SIZE + size_of::<FeatureMsg>()..)?;
+    let (state, _) = MigStateMsg::read_from_prefix(data).ok()?;
+    (flags & FEATURE_SET != 0).then_some(state.device_state)
 }
 
 /// Makes a reply one that says EIO.
