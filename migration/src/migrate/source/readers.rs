@@ -374,7 +374,8 @@ impl Reader {
                 Order::StopCopy => self.stop_copy(),
             };
             self.change(|lane| {
-                lane.failure = outcome.err();
+                // One that nobody has seen yet stays.
+                lane.failure = lane.failure.take().or(outcome.err());
                 lane.busy = false;
                 if lane.order != Order::Quit {
                     lane.order = Order::Rest;
