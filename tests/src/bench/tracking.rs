@@ -2,7 +2,7 @@
 //!
 //! The guest writes its memory at a rate of 1 GiB/s, or as fast as it can, and is moved by each way
 //! that KVM has of keeping its dirty log. As it may write faster than is sent, it is moved after
-//! [`PRECOPY_S`] seconds whatever it does. Its speed before and meanwhile is its own count of
+//! a quarter of a minute whatever it does. Its speed before and meanwhile is its own count of
 //! pages by its own time-stamp counter. Meanwhile it also shares the CPUs with both sides of the
 //! migration, whatever the log; so the rows are to be compared with each other.
 
