@@ -37,13 +37,17 @@ fn report(what: &str, moves: &[Moved]) {
     );
 }
 
-/// Moves the guest `count` times, each time to a fresh process, verifying all its memory each
-/// time.
-fn migrate_n(vm: &mut Vm, dir: &Path, count: usize, route: &Route) -> Result<Vec<Moved>> {
+/// Moves the guest `count` times, each time to a fresh process called `name` and a number, verifying
+/// all its memory each time.
+fn migrate_n(
+    vm: &mut Vm,
+    (dir, name): (&Path, &str),
+    count: usize,
+    route: &Route,
+) -> Result<Vec<Moved>> {
     let mut moves = Vec::new();
     for number in 0..count {
-        let name = format!("{}-{number}", vm.ferry.name());
-        let destination = Ferry::start(dir, &name, &[])?;
+        let destination = Ferry::start(dir, &format!("{name}{number}"), &[])?;
         let (left, moved) = vm.migrate(destination, route)?;
         ensure!(!left.has_vm()?, "the source still has a VM");
         left.shut_down()?;
@@ -68,7 +72,7 @@ fn a_busy_guest_moves_on() -> Result<()> {
         let dir = tempfile::tempdir()?;
         let mut vm = Vm::boot(dir.path(), "first", &VmSpec::new(1024, words))?;
         for (transport, route) in [("unix", Route::unix(dir.path())), ("tcp", Route::tcp()?)] {
-            let moves = migrate_n(&mut vm, dir.path(), each, &route)?;
+            let moves = migrate_n(&mut vm, (dir.path(), transport), each, &route)?;
             report(&format!("1 GiB, {what}, {transport}"), &moves);
         }
     }
