@@ -43,6 +43,30 @@ pub enum DirtyError {
     },
 }
 
+impl DirtyError {
+    /// [`NotTracked`](Self::NotTracked): `range` is not tracked by `source_id`.
+    pub fn not_tracked(source_id: impl Into<String>, range: IovaRange) -> Self {
+        Self::NotTracked {
+            source_id: source_id.into(),
+            first: range.first(),
+            last: range.last(),
+        }
+    }
+
+    /// [`Backend`](Self::Backend): `operation` of `source_id`'s log failed, because of `cause`.
+    pub fn backend(
+        source_id: impl Into<String>,
+        operation: &'static str,
+        cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self::Backend {
+            source_id: source_id.into(),
+            operation,
+            cause: cause.into(),
+        }
+    }
+}
+
 /// What a report named.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Reported {

@@ -60,19 +60,11 @@ impl PassthroughDirty {
         operation: &'static str,
         cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> DirtyError {
-        DirtyError::Backend {
-            source_id: self.inner.id.clone(),
-            operation,
-            cause: cause.into(),
-        }
+        DirtyError::backend(&self.inner.id, operation, cause)
     }
 
     fn not_tracked(&self, range: IovaRange) -> DirtyError {
-        DirtyError::NotTracked {
-            source_id: self.inner.id.clone(),
-            first: range.first(),
-            last: range.last(),
-        }
+        DirtyError::not_tracked(&self.inner.id, range)
     }
 
     /// Gives out what of `window` is in the region of number `index`, asking the device unless it

@@ -63,11 +63,7 @@ impl FakeSource {
         operation: &'static str,
         cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> DirtyError {
-        DirtyError::Backend {
-            source_id: self.id.clone(),
-            operation,
-            cause: cause.into(),
-        }
+        DirtyError::backend(&self.id, operation, cause)
     }
 }
 

@@ -32,11 +32,7 @@ impl VmmWriteSource {
 }
 
 fn not_tracked(range: IovaRange) -> DirtyError {
-    DirtyError::NotTracked {
-        source_id: VMM_SOURCE_ID.to_owned(),
-        first: range.first(),
-        last: range.last(),
-    }
+    DirtyError::not_tracked(VMM_SOURCE_ID, range)
 }
 
 impl DirtySource for VmmWriteSource {
@@ -78,11 +74,7 @@ impl DirtySource for VmmWriteSource {
         }
         memory::drain_writes(&self.memory.memory(), window, bitmap)
             .map(Reported::counted)
-            .map_err(|error| DirtyError::Backend {
-                source_id: VMM_SOURCE_ID.to_owned(),
-                operation: "report",
-                cause: Box::new(error),
-            })
+            .map_err(|error| DirtyError::backend(VMM_SOURCE_ID, "report", error))
     }
 
     fn clearing(&mut self) -> Clearing<'_> {

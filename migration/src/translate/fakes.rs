@@ -65,11 +65,12 @@ impl FakeLog {
 }
 
 fn failed(operation: &'static str) -> DirtyError {
-    DirtyError::Backend {
-        source_id: "nic0".to_owned(),
-        operation,
-        cause: "unplugged".into(),
-    }
+    DirtyError::backend("nic0", operation, "unplugged")
+}
+
+/// What an IOMMU says that does not do as it is told.
+pub(super) fn refusal() -> DirtyError {
+    DirtyError::backend("iommu", "change", "refused by the test")
 }
 
 impl IovaLog for FakeLog {

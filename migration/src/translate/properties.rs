@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
-use super::fakes::{FakeLog, PAGE, mapping, range};
+use super::fakes::{FakeLog, PAGE, mapping, range, refusal};
 use super::*;
 use crate::addr::Iova;
 use crate::source::DirtySource;
@@ -423,14 +423,6 @@ impl Bench {
             Step::Restart => self.restart()?,
         }
         Ok(())
-    }
-}
-
-fn refusal() -> DirtyError {
-    DirtyError::Backend {
-        source_id: "iommu".to_owned(),
-        operation: "change",
-        cause: "refused by the test".into(),
     }
 }
 

@@ -130,11 +130,7 @@ impl State {
         self.check_on()?;
         self.pending
             .give_out(window, bitmap)
-            .ok_or_else(|| DirtyError::NotTracked {
-                source_id: self.log.id().to_owned(),
-                first: window.first(),
-                last: window.last(),
-            })
+            .ok_or_else(|| DirtyError::not_tracked(self.log.id(), window))
     }
 
     /// Adds `mapping`, which `install` then makes for the device.
@@ -250,10 +246,6 @@ impl State {
     }
 
     fn failed(&self, operation: &'static str, cause: TranslateError) -> DirtyError {
-        DirtyError::Backend {
-            source_id: self.log.id().to_owned(),
-            operation,
-            cause: Box::new(cause),
-        }
+        DirtyError::backend(self.log.id(), operation, cause)
     }
 }

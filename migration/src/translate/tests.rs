@@ -1,6 +1,6 @@
 //! Tests of translation by example.
 
-use super::fakes::{Device, FakeLog, PAGE, mapping, range};
+use super::fakes::{Device, FakeLog, PAGE, mapping, range, refusal};
 use super::*;
 use crate::addr::{Gpa, Iova};
 use crate::dirty::{Collect, GuestDirty, WINDOW_BYTES};
@@ -23,11 +23,7 @@ fn done() -> Result<(), DirtyError> {
 }
 
 fn refused() -> Result<(), DirtyError> {
-    Err(DirtyError::Backend {
-        source_id: "iommu".to_owned(),
-        operation: "change",
-        cause: "refused by the test".into(),
-    })
+    Err(refusal())
 }
 
 /// A started log of pages of `page` bytes under `map`.

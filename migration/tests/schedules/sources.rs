@@ -15,11 +15,7 @@ use super::guest::{Guest, WINDOWS, gpa, one_in, page_at, place};
 const FAILS: u64 = 60;
 
 fn failed(source_id: &str, operation: &'static str) -> DirtyError {
-    DirtyError::Backend {
-        source_id: source_id.to_owned(),
-        operation,
-        cause: "unplugged".into(),
-    }
+    DirtyError::backend(source_id, operation, "unplugged")
 }
 
 /// The number of a window and its pages; a source is asked for whole windows.

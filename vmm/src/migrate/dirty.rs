@@ -56,19 +56,11 @@ enum VcpuDirtyError {
 }
 
 fn failed(operation: &'static str) -> impl Fn(VcpuDirtyError) -> DirtyError {
-    move |cause| DirtyError::Backend {
-        source_id: VCPU_SOURCE_ID.into(),
-        operation,
-        cause: Box::new(cause),
-    }
+    move |cause| DirtyError::backend(VCPU_SOURCE_ID, operation, cause)
 }
 
 fn not_tracked(range: IovaRange) -> DirtyError {
-    DirtyError::NotTracked {
-        source_id: VCPU_SOURCE_ID.into(),
-        first: range.first(),
-        last: range.last(),
-    }
+    DirtyError::not_tracked(VCPU_SOURCE_ID, range)
 }
 
 /// The dirty log of one memory slot. Its buffers live as long as the source, so that no report

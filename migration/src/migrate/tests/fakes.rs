@@ -183,11 +183,7 @@ impl DirtySource for WriterSource {
     ) -> Result<Reported, DirtyError> {
         let number = self.0.reports.fetch_add(1, Ordering::SeqCst) + 1;
         if number == self.0.fail_report.load(Ordering::SeqCst) {
-            return Err(DirtyError::Backend {
-                source_id: "writer".into(),
-                operation: "report",
-                cause: "told to".into(),
-            });
+            return Err(DirtyError::backend("writer", "report", "told to"));
         }
         let mut pending = self.0.pending.lock();
         let before = pending.len();
