@@ -23,6 +23,7 @@
 //! loop then takes the bit and reads the page, both before the write arrives, and nothing tells of
 //! it any more.
 
+mod bits;
 mod log;
 #[cfg(test)]
 mod tests;
@@ -36,6 +37,7 @@ use vm_memory::{
 
 use crate::addr::Gpa;
 
+pub use bits::take_bits;
 pub use log::{DrainError, LOG_PAGE, WriteLog, drain_writes, forget_writes, is_ram, mark_written};
 
 /// All of a guest's RAM, mapped into this process, with a [`WriteLog`] for each region.

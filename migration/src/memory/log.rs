@@ -7,15 +7,13 @@ use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
 use super::GuestMemory;
+use super::bits::{self, WORD_PAGES};
 use crate::addr::{Gpa, Iova, IovaRange, PageSize};
 use crate::sync::AtomicU64;
 use iova_bitmap::{BitmapError, IovaBitmap};
 
 /// The page size of a [`WriteLog`].
 pub const LOG_PAGE: PageSize = PageSize::SIZE_4K;
-
-/// Pages that one word of the log stands for.
-const WORD_PAGES: usize = 64;
 
 /// Bytes that one word of the log stands for.
 const WORD_BYTES: usize = WORD_PAGES << LOG_PAGE.shift();
@@ -96,7 +94,7 @@ pub fn drain_writes(
 /// Forgets what the logs of `memory` have for `window`.
 pub fn forget_writes(memory: &GuestMemory, window: IovaRange) {
     for part in parts(memory, window) {
-        log_of(part.region).take(part.offset, part.len, |_, _| ());
+        log_of(part.region).forget(part.offset, part.len);
     }
 }
 
@@ -151,7 +149,7 @@ impl WriteLog {
     /// Sets the bits of the pages that `len` bytes at `offset` touch: one atomic OR per word,
     /// always done (see [`memory`](crate::memory) for why).
     fn mark(&self, offset: usize, len: usize) {
-        for (_, word, mask) in self.span(offset, len) {
+        for (word, mask) in self.span(offset, len) {
             // Release: whoever takes the bit by an acquire sees the write that came before this.
             word.fetch_or(mask, Ordering::Release);
         }
@@ -169,71 +167,34 @@ impl WriteLog {
         base: Iova,
         bitmap: &mut IovaBitmap,
     ) -> Result<u64, BitmapError> {
-        // No bits are ORed, but a misaligned base is refused before any is taken.
-        let mut named = bitmap.or_words(base, LOG_PAGE, &[]);
-        self.take(offset, len, |index, bits| {
-            let start = index
-                .checked_mul(WORD_BYTES)
-                .and_then(|start| u64::try_from(start).ok())
-                .and_then(|start| base.0.checked_add(start));
-            // A word that starts beyond 2^64 stands for no address.
-            if let Some(start) = start
-                && let Ok(sum) = named
-            {
-                let more = bitmap.or_words(Iova(start), LOG_PAGE, &[bits]);
-                named = more.map(|more| sum + more);
-            }
-        });
-        named
-    }
-
-    /// Takes the bits of the pages that `len` bytes at `offset` touch and gives each word that had
-    /// some to `got`, with its index.
-    fn take(&self, offset: usize, len: usize, mut got: impl FnMut(usize, u64)) {
-        for (index, word, mask) in self.span(offset, len) {
-            // A clean word is not written to, so its cache line stays shared with the writers. A
-            // bit set after this load is there for the next drain; before the last one the writers
-            // have stopped, which whoever stopped them has synchronised with.
-            if word.load(Ordering::Relaxed) & mask == 0 {
-                continue;
-            }
-            // Acquire: see `mark`.
-            let bits = if mask == u64::MAX {
-                word.swap(0, Ordering::Acquire)
-            } else {
-                word.fetch_and(!mask, Ordering::Acquire) & mask
-            };
-            got(index, bits);
+        match pages(offset, len) {
+            Some(pages) => bits::take_bits(&self.words, pages, base, bitmap),
+            // A misaligned base is refused all the same.
+            None => bitmap.or_words(base, LOG_PAGE, &[]),
         }
     }
 
-    /// The words that `len` bytes at `offset` touch, with their index and the mask of the touched
-    /// pages.
-    fn span(&self, offset: usize, len: usize) -> impl Iterator<Item = (usize, &AtomicU64, u64)> {
-        let first = offset >> LOG_PAGE.shift();
-        let last = offset.saturating_add(len.saturating_sub(1)) >> LOG_PAGE.shift();
-        let (first_word, last_word) = (first / WORD_PAGES, last / WORD_PAGES);
-        let end = last_word.saturating_add(1).min(self.words.len());
-        let words = if len == 0 {
-            None
-        } else {
-            self.words.get(first_word..end)
-        };
-        words
-            .unwrap_or_default()
-            .iter()
-            .zip(first_word..)
-            .map(move |(word, index)| {
-                let mut mask = u64::MAX;
-                if index == first_word {
-                    mask &= u64::MAX << (first % WORD_PAGES);
-                }
-                if index == last_word {
-                    mask &= u64::MAX >> (WORD_PAGES - 1 - last % WORD_PAGES);
-                }
-                (index, word, mask)
-            })
+    /// Takes the bits of the pages that `len` bytes at `offset` touch, and forgets them.
+    fn forget(&self, offset: usize, len: usize) {
+        for (word, mask) in self.span(offset, len) {
+            bits::take_word(word, mask);
+        }
     }
+
+    /// The words that `len` bytes at `offset` touch, with the mask of the touched pages.
+    fn span(&self, offset: usize, len: usize) -> impl Iterator<Item = (&AtomicU64, u64)> {
+        let words = pages(offset, len).map(|(first, last)| bits::span(&self.words, first, last));
+        words
+            .into_iter()
+            .flatten()
+            .map(|(_, word, mask)| (word, mask))
+    }
+}
+
+/// The first and the last page that `len` bytes at `offset` touch.
+fn pages(offset: usize, len: usize) -> Option<(usize, usize)> {
+    let last = offset.saturating_add(len.checked_sub(1)?);
+    Some((offset >> LOG_PAGE.shift(), last >> LOG_PAGE.shift()))
 }
 
 impl<'a> WithBitmapSlice<'a> for WriteLog {
@@ -247,7 +208,7 @@ impl Bitmap for WriteLog {
 
     fn dirty_at(&self, offset: usize) -> bool {
         self.span(offset, 1)
-            .any(|(_, word, mask)| word.load(Ordering::Acquire) & mask != 0)
+            .any(|(word, mask)| word.load(Ordering::Acquire) & mask != 0)
     }
 
     fn slice_at(&self, offset: usize) -> RefSlice<'_, Self> {

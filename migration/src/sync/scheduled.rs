@@ -27,7 +27,7 @@ fn fence() {
 
 /// As [`std::sync::atomic::AtomicU64`], as much of it as is used.
 #[derive(Debug)]
-pub(crate) struct AtomicU64(shuttle::sync::atomic::AtomicU64);
+pub struct AtomicU64(shuttle::sync::atomic::AtomicU64);
 
 impl AtomicU64 {
     pub(crate) const fn new(value: u64) -> Self {

@@ -20,8 +20,6 @@ pub struct VhostUserDirty {
     memory: MemoryHandle,
     log: Option<Arc<SharedLog>>,
     tracked: Vec<IovaRange>,
-    /// Kept from report to report.
-    scratch: Vec<u64>,
 }
 
 impl VhostUserDirty {
@@ -32,7 +30,6 @@ impl VhostUserDirty {
             memory,
             log: None,
             tracked: Vec::new(),
-            scratch: Vec::new(),
         }
     }
 
@@ -41,19 +38,11 @@ impl VhostUserDirty {
         operation: &'static str,
         cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> DirtyError {
-        DirtyError::Backend {
-            source_id: self.id.clone(),
-            operation,
-            cause: cause.into(),
-        }
+        DirtyError::backend(&self.id, operation, cause)
     }
 
     fn not_tracked(&self, range: IovaRange) -> DirtyError {
-        DirtyError::NotTracked {
-            source_id: self.id.clone(),
-            first: range.first(),
-            last: range.last(),
-        }
+        DirtyError::not_tracked(&self.id, range)
     }
 
     fn require_backend(&self) -> Result<(), VhostUserError> {
@@ -113,7 +102,7 @@ impl DirtySource for VhostUserDirty {
             return Err(self.not_tracked(window));
         }
         let named = log
-            .take(window, &mut self.scratch, bitmap)
+            .take(window, bitmap)
             .map_err(|cause| self.failed("report", cause))?;
         // After the take: a backend that died before it may have written more than it logged.
         self.require_backend()

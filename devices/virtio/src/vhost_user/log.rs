@@ -13,11 +13,10 @@
 //! are in one order, be they of a byte on one side and of a word on the other. If the OR came
 //! first, the taker gets the bit, and sees the write when it reads the page: the OR is not before
 //! the write in the order of the backend's stores (on x86 no store passes an earlier one, and a
-//! locked instruction waits for all), and [`Ordering::Acquire`] keeps the reads of the page behind
-//! the take. If it came second, the bit is there for the next take. A word is first looked at without taking it, so that a clean one stays shared between the
-//! caches: a bit that this look misses was set after it, and is for the next take as well. Before
-//! the last take of a migration the rings were stopped, and the backend's answer to that came
-//! through a socket, which orders all that it did before.
+//! locked instruction waits for all), and the take is an acquire, which keeps the reads of the page
+//! behind it. If it came second, the bit is there for the next take. Before the last take of a
+//! migration the rings were stopped, and the backend's answer to that came through a socket, which
+//! orders all that it did before.
 //!
 //! A log that is started anew is a new one, and a stopped one is dropped here. The protocol has no
 //! word for taking a log away: the backend keeps the old one mapped until it gets another or the
@@ -32,10 +31,11 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use vm_memory::{FileOffset, MmapRegion};
+use vm_migration::memory;
 use vm_migration::{BitmapError, Iova, IovaBitmap, IovaRange, PageSize};
 
 use super::message::LogArea;
@@ -46,8 +46,6 @@ pub(super) const LOG_PAGE: PageSize = PageSize::SIZE_4K;
 const WORD_PAGES: u64 = 64;
 /// Bytes of a word.
 const WORD_BYTES: u64 = 8;
-/// Words given to a bitmap at once: 512 MiB of memory, and little enough for a cache.
-const PIECE: usize = 2048;
 
 /// Why there is no log, or no answer from it.
 #[derive(Debug, thiserror::Error)]
@@ -147,66 +145,24 @@ impl SharedLog {
         unsafe { std::slice::from_raw_parts(start, len) }
     }
 
-    /// Moves the bits of the pages of `window` into `bitmap`; bits of other pages stay. How many
-    /// of the bitmap's pages that named. `scratch` is room that is kept from call to call.
-    pub(super) fn take(
-        &self,
-        window: IovaRange,
-        scratch: &mut Vec<u64>,
-        bitmap: &mut IovaBitmap,
-    ) -> Result<u64, LogError> {
-        let pages = [window.first(), window.last()].map(|at| at.0 >> LOG_PAGE.shift());
-        let [first_word, last_word] = pages.map(|page| page / WORD_PAGES);
-        let [first_bit, last_bit] = pages.map(|page| page % WORD_PAGES);
-        let place = |word: u64| usize::try_from(word).unwrap_or(usize::MAX);
+    /// Moves the bits of the pages of `window` into `bitmap`, which covers it; bits of other pages
+    /// stay. How many of the bitmap's pages that named.
+    pub(super) fn take(&self, window: IovaRange, bitmap: &mut IovaBitmap) -> Result<u64, LogError> {
         // No answer must never look like "clean".
         let last = window.last();
-        let words = self
-            .words()
-            .get(place(first_word)..=place(last_word))
-            .ok_or(LogError::Beyond { last })?;
-        let mut number = first_word;
-        let mut named = 0;
-        for piece in words.chunks(PIECE) {
-            let start = Iova((number * WORD_PAGES) << LOG_PAGE.shift());
-            scratch.clear();
-            let mut any = 0;
-            for word in piece {
-                let mut mask = u64::MAX;
-                if number == first_word {
-                    mask &= u64::MAX << first_bit;
-                }
-                if number == last_word {
-                    mask &= u64::MAX >> (WORD_PAGES - 1 - last_bit);
-                }
-                let bits = take_word(word, mask);
-                any |= bits;
-                scratch.push(bits);
-                number += 1;
-            }
-            if any != 0 {
-                named += bitmap.or_words(start, LOG_PAGE, scratch)?;
-            }
+        if last.0 >> LOG_PAGE.shift() >= self.bytes.saturating_mul(8) {
+            return Err(LogError::Beyond { last });
         }
-        Ok(named)
-    }
-}
-
-/// Takes the bits of `mask` out of `word`; the module's page tells why nothing is lost.
-fn take_word(word: &AtomicU64, mask: u64) -> u64 {
-    if word.load(Ordering::Relaxed) & mask == 0 {
-        return 0;
-    }
-    if mask == u64::MAX {
-        word.swap(0, Ordering::Acquire)
-    } else {
-        word.fetch_and(!mask, Ordering::Acquire) & mask
+        let page = |at: Iova| usize::try_from(at.0 >> LOG_PAGE.shift()).unwrap_or(usize::MAX);
+        let pages = (page(window.first()), page(last));
+        Ok(memory::take_bits(self.words(), pages, Iova(0), bitmap)?)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
+    use std::sync::atomic::Ordering;
 
     use super::*;
 
@@ -217,7 +173,7 @@ mod tests {
     fn taken(log: &SharedLog, window: IovaRange) -> Vec<u64> {
         let len = window.len().unwrap();
         let mut bitmap = IovaBitmap::new(window.first(), len, LOG_PAGE).unwrap();
-        log.take(window, &mut Vec::new(), &mut bitmap).unwrap();
+        log.take(window, &mut bitmap).unwrap();
         bitmap
             .runs()
             .flat_map(|run| run.first().0 >> 12..=run.last().0 >> 12)
@@ -258,7 +214,7 @@ mod tests {
         // What lies beyond has no bits, and is not clean for that.
         for beyond in [window(1 << 30, 8), window(0, 1 << 30)] {
             let mut bitmap = IovaBitmap::over(beyond, LOG_PAGE).unwrap();
-            let error = log.take(beyond, &mut Vec::new(), &mut bitmap).unwrap_err();
+            let error = log.take(beyond, &mut bitmap).unwrap_err();
             assert!(matches!(error, LogError::Beyond { .. }), "{error}");
         }
     }
