@@ -1,17 +1,15 @@
-//! The control queue (virtio 1.2, section 5.1.6.5).
-
-use std::sync::Arc;
+//! The control queue (virtio 1.2, section 5.1.6.5): reads commands and checks them against what was
+//! negotiated. A [`Target`] carries them out.
 
 use net_util::ctrl::{
     ACK_ERR, ACK_OK, CLASS_ANNOUNCE, CLASS_GUEST_OFFLOADS, CLASS_MQ, CommandHeader, CtrlError,
     GUEST_OFFLOADS_SET, MAX_MQ_BODY_BYTES, MqCommand, MqLimits, parse_guest_offloads,
 };
-use net_util::tap::Offloads;
+use net_util::hash::HashConfig;
 use vm_migration::memory::GuestMemory;
 use zerocopy::FromBytes;
 
 use super::features;
-use super::runtime::Shared;
 use crate::queue::{Chain, RingError};
 use crate::server::Handler;
 
@@ -20,40 +18,59 @@ const COMMAND_BYTES: usize = size_of::<CommandHeader>() + MAX_MQ_BODY_BYTES;
 /// `VIRTIO_NET_CTRL_ANNOUNCE_ACK`.
 const ANNOUNCE_ACK: u8 = 0;
 
-/// Carries out commands.
-pub(super) struct Control {
-    shared: Arc<Shared>,
-    limits: MqLimits,
-    features: u64,
+/// What a driver may ask for, given what it negotiated.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Command {
+    /// Use the first so many queue pairs.
+    Pairs(u16),
+    /// Hash so.
+    Hash(HashConfig),
+    /// Have these offloads on, as feature bits, and no other.
+    Offloads(u64),
+    /// The driver has announced the guest to the network.
+    Announced,
+}
+
+/// Who carries commands out.
+pub(crate) trait Target: Send + 'static {
+    /// Carries out `command`.
+    ///
+    /// # Errors
+    /// [`Refusal::Failed`], and [`Refusal::NotOffered`] for what was not to be negotiated.
+    fn carry_out(&self, command: Command) -> Result<(), Refusal>;
 }
 
 /// Why a command is answered with an error.
 #[derive(Debug, thiserror::Error)]
-enum Refusal {
+pub(crate) enum Refusal {
     /// The driver asked for what is not allowed.
     #[error(transparent)]
     Command(#[from] CtrlError),
-    /// The host refused.
-    #[error("{operation}: {cause}")]
-    Host {
-        /// What was tried.
-        operation: &'static str,
-        /// What the host said.
-        #[source]
-        cause: std::io::Error,
-    },
+    /// The device has no such command.
+    #[error("the device does not offer this command")]
+    NotOffered,
+    /// The host or the backend failed.
+    #[error(transparent)]
+    Failed(Box<dyn std::error::Error + Send + Sync>),
 }
 
-impl Control {
-    pub(super) fn new(shared: Arc<Shared>, limits: MqLimits, features: u64) -> Self {
+/// Serves the queue for a driver that negotiated `features`.
+pub(crate) struct Control<T> {
+    target: T,
+    limits: MqLimits,
+    features: u64,
+}
+
+impl<T: Target> Control<T> {
+    pub(crate) fn new(target: T, limits: MqLimits, features: u64) -> Self {
         Self {
-            shared,
+            target,
             limits,
             features,
         }
     }
 
-    fn carry_out(&self, command: &[u8]) -> Result<(), Refusal> {
+    fn parse(&self, command: &[u8]) -> Result<Command, CtrlError> {
         let (header, body) =
             CommandHeader::read_from_prefix(command).map_err(|_| CtrlError::Short {
                 len: command.len(),
@@ -65,46 +82,30 @@ impl Control {
         };
         match (header.class, header.command) {
             (CLASS_MQ, command) => match MqCommand::parse(command, body, &self.limits)? {
-                MqCommand::Pairs(pairs) => self.set_pairs(pairs),
-                MqCommand::Hash(config) => {
-                    self.shared.set_hash(config);
-                    Ok(())
-                }
+                MqCommand::Pairs(pairs) => Ok(Command::Pairs(pairs)),
+                MqCommand::Hash(config) => Ok(Command::Hash(config)),
                 // Not offered, so the parser never gives it.
-                MqCommand::Rss(_) => Err(unavailable.into()),
+                MqCommand::Rss(_) => Err(unavailable),
             },
             (CLASS_GUEST_OFFLOADS, GUEST_OFFLOADS_SET)
                 if self.features & features::CTRL_GUEST_OFFLOADS != 0 =>
             {
                 let negotiated = self.features & features::GUEST_OFFLOADS;
-                self.set_offloads(parse_guest_offloads(body, negotiated)?)
+                parse_guest_offloads(body, negotiated).map(Command::Offloads)
             }
             (CLASS_ANNOUNCE, ANNOUNCE_ACK) if self.features & features::GUEST_ANNOUNCE != 0 => {
-                self.shared.announced();
-                Ok(())
+                Ok(Command::Announced)
             }
-            _ => Err(unavailable.into()),
+            _ => Err(unavailable),
         }
     }
 
-    fn set_pairs(&self, pairs: u16) -> Result<(), Refusal> {
-        self.shared.set_pairs(pairs).map_err(|cause| Refusal::Host {
-            operation: "attaching or detaching a queue",
-            cause,
-        })
-    }
-
-    fn set_offloads(&self, offloads: u64) -> Result<(), Refusal> {
-        self.shared
-            .set_offloads(offloads, Offloads::from_guest_features(offloads))
-            .map_err(|cause| Refusal::Host {
-                operation: "setting the offloads",
-                cause,
-            })
+    fn carry_out(&self, command: &[u8]) -> Result<(), Refusal> {
+        self.target.carry_out(self.parse(command)?)
     }
 }
 
-impl Handler for Control {
+impl<T: Target> Handler for Control<T> {
     fn handle(&mut self, memory: &GuestMemory, chain: &Chain) -> Result<u32, RingError> {
         let mut command = [0; COMMAND_BYTES];
         let len = chain.read_at(memory, 0, &mut command)?;

@@ -19,11 +19,11 @@
 mod backend;
 mod buffers;
 mod counters;
-mod ctrl;
+pub(crate) mod ctrl;
 pub mod features;
 mod header;
 mod pair;
-mod runtime;
+pub(crate) mod runtime;
 mod rx;
 #[cfg(test)]
 mod tests;

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::backend::NetBackend;
+use super::ctrl::{Command, Refusal, Target};
 use super::header::HashCell;
 
 /// Version of [`NetState`].
@@ -65,6 +66,27 @@ impl NetState {
     }
 }
 
+/// The link status field of a card's configuration; `announce` asks the driver to announce the guest
+/// (virtio 1.2, section 5.1.4).
+pub(crate) fn link_status(announce: bool) -> u16 {
+    if announce {
+        STATUS_LINK_UP | STATUS_ANNOUNCE
+    } else {
+        STATUS_LINK_UP
+    }
+}
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{operation}: {cause}")]
+struct HostError {
+    /// What was tried.
+    operation: &'static str,
+    /// What the host said.
+    #[source]
+    cause: io::Error,
+}
+
 /// The runtime settings and what they act on.
 pub(super) struct Shared {
     backends: Vec<Arc<dyn NetBackend>>,
@@ -98,11 +120,7 @@ impl Shared {
 
     /// The link status field of the configuration.
     pub(super) fn status(&self) -> u16 {
-        if self.runtime.lock().announce {
-            STATUS_LINK_UP | STATUS_ANNOUNCE
-        } else {
-            STATUS_LINK_UP
-        }
+        link_status(self.runtime.lock().announce)
     }
 
     /// The driver announced itself.
@@ -143,5 +161,28 @@ impl Shared {
             backend.set_attached(index < usize::from(pairs))?;
         }
         Ok(())
+    }
+}
+
+impl Target for Arc<Shared> {
+    fn carry_out(&self, command: Command) -> Result<(), Refusal> {
+        let host =
+            |operation| move |cause| Refusal::Failed(Box::new(HostError { operation, cause }));
+        match command {
+            Command::Pairs(pairs) => self
+                .set_pairs(pairs)
+                .map_err(host("attaching or detaching a queue")),
+            Command::Hash(config) => {
+                self.set_hash(config);
+                Ok(())
+            }
+            Command::Offloads(bits) => self
+                .set_offloads(bits, Offloads::from_guest_features(bits))
+                .map_err(host("setting the offloads")),
+            Command::Announced => {
+                self.announced();
+                Ok(())
+            }
+        }
     }
 }

@@ -21,7 +21,7 @@ use crate::worker::Worker;
 /// All threads of an active card.
 pub(super) struct Workers {
     pairs: Pairs,
-    control: Option<Worker<QueueServer<Control>>>,
+    control: Option<Worker<QueueServer<Control<Arc<Shared>>>>>,
     /// Queues that the driver enabled but the negotiated features give no use.
     unused: Vec<Queue>,
 }

@@ -29,7 +29,6 @@
 //! own, which must offer the same features, and starts its rings from there.
 
 mod connection;
-mod ctrl;
 mod dirty;
 mod log;
 mod message;
@@ -49,6 +48,8 @@ use std::time::Duration;
 
 use devices::{ThreadKind, ThreadSpawner};
 use net_util::config::NetConfig;
+use net_util::ctrl::MqLimits;
+use net_util::hash::HashTypes;
 use vm_memory::GuestAddressSpace;
 use vm_migration::ErrorChain;
 use vm_migration::memory::{GuestMemory, MemoryHandle};
@@ -65,12 +66,12 @@ use crate::device::{
     Activation, ActiveQueue, DeviceError, DeviceInterrupt, DeviceType, VirtioDevice, feature,
     read_config_bytes,
 };
+use crate::net::ctrl::Control;
 use crate::net::features;
 use crate::net::{CTRL_QUEUE_SIZE, MAX_PAIRS};
 use crate::queue::{MAX_QUEUE_SIZE, Queue, QueuePosition};
 use crate::server::QueueServer;
 use crate::worker::Worker;
-use ctrl::Control;
 use message::F_PROTOCOL_FEATURES;
 use ring::{Ring, Running};
 use session::Session;
@@ -125,7 +126,7 @@ struct Active {
     served: Vec<Queue>,
     /// Queues that the driver enabled but the negotiated features give no use.
     unused: Vec<Queue>,
-    control: Option<Worker<QueueServer<Control>>>,
+    control: Option<Worker<QueueServer<Control<Arc<Settings>>>>>,
 }
 
 impl VhostUserNet {
@@ -288,9 +289,16 @@ impl VhostUserNet {
         &self,
         queue: ActiveQueue,
         activation: &Activation,
-    ) -> Result<Worker<QueueServer<Control>>, DeviceError> {
-        let usable = self.usable_pairs(activation.features);
-        let control = Control::new(Arc::clone(&self.settings), usable, activation.features);
+    ) -> Result<Worker<QueueServer<Control<Arc<Settings>>>>, DeviceError> {
+        let features = activation.features;
+        let limits = MqLimits {
+            max_pairs: self.usable_pairs(features),
+            hash_types: HashTypes::NONE,
+            multi_queue: features & features::MQ != 0,
+            rss: false,
+            hash_report: false,
+        };
+        let control = Control::new(Arc::clone(&self.settings), limits, features);
         let server = QueueServer::new(
             queue,
             activation.memory.clone(),

@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use net_util::config::{STATUS_ANNOUNCE, STATUS_LINK_UP};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use vm_migration::StateError;
@@ -11,6 +10,8 @@ use vm_migration::saved;
 
 use super::session::{Session, VhostUserError};
 use crate::device::DeviceError;
+use crate::net::ctrl::{Command, Refusal, Target};
+use crate::net::runtime::link_status;
 
 /// Version of [`SavedCard`].
 const VERSION: u16 = 1;
@@ -71,11 +72,7 @@ impl Settings {
 
     /// The link status field of the configuration.
     pub(super) fn status(&self) -> u16 {
-        if self.announce_pending() {
-            STATUS_LINK_UP | STATUS_ANNOUNCE
-        } else {
-            STATUS_LINK_UP
-        }
+        link_status(self.announce_pending())
     }
 
     pub(super) fn reset(&self) {
@@ -88,6 +85,23 @@ impl Settings {
             pairs,
             announce: true,
         };
+    }
+}
+
+/// Ferry serves the control queue itself. A backend cannot be told of hashes, nor of offloads that
+/// change, so those are not offered.
+impl Target for Arc<Settings> {
+    fn carry_out(&self, command: Command) -> Result<(), Refusal> {
+        match command {
+            Command::Pairs(pairs) => self
+                .set_pairs(pairs)
+                .map_err(|cause| Refusal::Failed(Box::new(cause))),
+            Command::Announced => {
+                self.announced();
+                Ok(())
+            }
+            Command::Hash(_) | Command::Offloads(_) => Err(Refusal::NotOffered),
+        }
     }
 }
 
