@@ -9,10 +9,15 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use vm_migration::dirty::{Collect, GuestDirty};
 use vm_migration::memory::RamRegion;
-use vm_migration::{
-    Clearing, DirtyError, DirtySource, Gpa, Iova, IovaBitmap, IovaRange, PageSize, Precision,
-    Reported,
-};
+use vm_migration::{DirtyError, DirtySource, Gpa, Iova, IovaBitmap, IovaRange, PageSize, Reported};
+
+#[path = "common/random.rs"]
+mod random;
+#[path = "common/source.rs"]
+mod source;
+
+use random::{SEED, random};
+use source::Simulated;
 
 const GIB: u64 = 1 << 30;
 const PAGE: u64 = 4096;
@@ -38,20 +43,12 @@ const FILLS: [(&str, Fill); 4] = [
     ("full", Fill::Full),
 ];
 
-/// A step of xorshift64: the same dirty pages on every run.
-fn random(state: &mut u64) -> u64 {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    *state
-}
-
 fn filled(fill: Fill) -> Result<IovaBitmap, vm_migration::BitmapError> {
     let mut bitmap = IovaBitmap::new(Iova(BASE), BYTES, PageSize::SIZE_4K)?;
     match fill {
         Fill::Empty => {}
         Fill::Percent(percent) => {
-            let mut state = 0x9e37_79b9_7f4a_7c15;
+            let mut state = SEED;
             for page in 0..bitmap.pages() {
                 if random(&mut state) % 100 < percent {
                     bitmap.set(Iova(BASE + page * PAGE), 1);
@@ -65,51 +62,13 @@ fn filled(fill: Fill) -> Result<IovaBitmap, vm_migration::BitmapError> {
 
 /// A device that always reports the same words, from `pages_before` the guest's start: as if its
 /// window were aligned to something else.
-struct Device {
-    words: Vec<u64>,
-    pages_before: u64,
-}
-
-impl DirtySource for Device {
-    fn id(&self) -> &str {
-        "device"
-    }
-
-    fn granularity(&self) -> PageSize {
-        PageSize::SIZE_4K
-    }
-
-    fn precision(&self) -> Precision {
-        Precision::Exact
-    }
-
-    fn start(&mut self, _ranges: &[IovaRange]) -> Result<(), DirtyError> {
-        Ok(())
-    }
-
-    fn report(
-        &mut self,
-        window: IovaRange,
-        bitmap: &mut IovaBitmap,
-    ) -> Result<Reported, DirtyError> {
-        let base = Iova(window.first().0 - self.pages_before * PAGE);
-        bitmap
-            .or_words(base, PageSize::SIZE_4K, &self.words)
-            .map(Reported::counted)
-            .map_err(|error| DirtyError::Backend {
-                source_id: "device".to_owned(),
-                operation: "report",
-                cause: Box::new(error),
-            })
-    }
-
-    fn clearing(&mut self) -> Clearing<'_> {
-        Clearing::AtReport
-    }
-
-    fn stop(&mut self) -> Result<(), DirtyError> {
-        Ok(())
-    }
+fn device(words: Vec<u64>, pages_before: u64) -> Box<dyn DirtySource> {
+    let report = move |window: IovaRange, bitmap: &mut IovaBitmap| {
+        let base = Iova(window.first().0 - pages_before * PAGE);
+        let named = bitmap.or_words(base, PageSize::SIZE_4K, &words);
+        named.map(Reported::counted)
+    };
+    Box::new(Simulated::new("device", PageSize::SIZE_4K, report))
 }
 
 /// One round: a report, then every run taken and confirmed.
@@ -137,11 +96,7 @@ fn collect(criterion: &mut Criterion) {
                 eprintln!("SKIP: collect {name}: no memory for the bitmaps");
                 continue;
             };
-            let device = Device {
-                words: bitmap.words().to_vec(),
-                pages_before,
-            };
-            let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(device)];
+            let mut sources = [device(bitmap.words().to_vec(), pages_before)];
             group.bench_function(BenchmarkId::new(alignment, name), |bencher| {
                 bencher.iter(|| round(&mut guest, &mut sources));
             });

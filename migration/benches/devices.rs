@@ -13,15 +13,20 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use vm_memory::GuestAddressSpace;
-use vm_migration::memory::{Backing, RamMapping, map_ram};
 use vm_migration::migrate::{
     CancelHandle, Connection, DestinationHost, DestinationParts, DeviceManifest, Downtime,
     Manifest, MemoryRegion, Migratable, MigrationEvent, MigrationParams, Refusal, SourceParts,
     Status, destination, source,
 };
-use vm_migration::{
-    Gpa, MemoryHandle, Pause, PrecopyRead, StateError, StateSink, StateSize, StateSource,
-};
+use vm_migration::{PrecopyRead, StateError, StateSink, StateSize, StateSource};
+
+#[path = "common/guest.rs"]
+mod guest;
+
+use guest::{Vcpus, memory};
+
+/// RAM of the guest, in bytes: little, as it is not what is measured.
+const RAM: u64 = 16 << 20;
 
 /// Runs of each case.
 const RUNS: usize = 5;
@@ -174,27 +179,6 @@ impl StateSink for Sink {
     }
 }
 
-struct Vcpus;
-
-impl Pause for Vcpus {
-    fn pause(&mut self) -> Result<(), StateError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), StateError> {
-        Ok(())
-    }
-}
-
-fn memory() -> MemoryHandle {
-    let mapping = RamMapping {
-        gpa: Gpa(0),
-        len: 16 << 20,
-        backing: Backing::Anonymous,
-    };
-    MemoryHandle::new(map_ram(vec![mapping]).expect("memory for the benchmark"))
-}
-
 struct Host(Case);
 
 impl DestinationHost for Host {
@@ -210,7 +194,7 @@ impl DestinationHost for Host {
             }) as Box<dyn StateSink>
         };
         Ok(DestinationParts {
-            memory: memory(),
+            memory: memory(RAM),
             sinks: manifest.devices.iter().map(sink).collect(),
             vcpus: Box::new(Vcpus),
         })
@@ -222,7 +206,7 @@ impl DestinationHost for Host {
 }
 
 fn migrate(case: Case) -> Downtime {
-    let memory = memory();
+    let memory = memory(RAM);
     let mut manifest = Manifest::new(4096);
     manifest.vcpus = 1;
     manifest.memory = MemoryRegion::all(&memory.memory());

@@ -9,35 +9,18 @@ use std::os::unix::net::UnixStream;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
-use vm_migration::memory::{Backing, RamMapping, map_ram};
+use vm_migration::MemoryHandle;
 use vm_migration::migrate::{
     CancelHandle, Connection, DestinationHost, DestinationParts, Manifest, MemoryRegion,
     MigrationEvent, MigrationParams, Refusal, SourceParts, Status, destination, source,
 };
-use vm_migration::{Gpa, MemoryHandle, Pause, StateError};
+
+#[path = "common/guest.rs"]
+mod guest;
+
+use guest::{Vcpus, memory};
 
 const BYTES: u64 = 256 << 20;
-
-fn memory() -> MemoryHandle {
-    let mapping = RamMapping {
-        gpa: Gpa(0),
-        len: BYTES,
-        backing: Backing::Anonymous,
-    };
-    MemoryHandle::new(map_ram(vec![mapping]).expect("memory for the benchmark"))
-}
-
-struct Vcpus;
-
-impl Pause for Vcpus {
-    fn pause(&mut self) -> Result<(), StateError> {
-        Ok(())
-    }
-
-    fn resume(&mut self) -> Result<(), StateError> {
-        Ok(())
-    }
-}
 
 struct Host(MemoryHandle);
 
@@ -82,7 +65,7 @@ fn engine(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("migration");
     group.sample_size(10).throughput(Throughput::Bytes(BYTES));
     for (name, every) in [("data", 1), ("half-zero", 2), ("zero", u64::MAX)] {
-        let (from, to) = (memory(), memory());
+        let (from, to) = (memory(BYTES), memory(BYTES));
         for page in (0..BYTES / 4096).filter(|page| page % every == every - 1) {
             let at = GuestAddress(page * 4096 + 2048);
             from.memory().write_obj(page | 1, at).expect("guest memory");

@@ -10,9 +10,17 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use vm_migration::dirty::{Collect, GuestDirty};
 use vm_migration::translate::MapError;
 use vm_migration::{
-    AfterUnmap, Clearing, DirtyError, DirtySource, Gpa, Iova, IovaBitmap, IovaLog, IovaMap,
+    AfterUnmap, BitmapError, DirtyError, DirtySource, Gpa, Iova, IovaBitmap, IovaLog, IovaMap,
     IovaRange, Mapping, PageSize, Precision, RamRegion, Reported, Translated,
 };
+
+#[path = "common/random.rs"]
+mod random;
+#[path = "common/source.rs"]
+mod source;
+
+use random::{SEED, random};
+use source::Simulated;
 
 const PAGE: u64 = 4096;
 /// Of the guest: 1000 ranges of 64 MiB and a bit, and about 64 GiB.
@@ -32,23 +40,12 @@ struct Device {
     pages: std::sync::Arc<IovaBitmap>,
 }
 
-fn failed(error: vm_migration::BitmapError) -> DirtyError {
-    DirtyError::Backend {
-        source_id: "device".to_owned(),
-        operation: "report",
-        cause: Box::new(error),
-    }
-}
-
 impl Device {
-    fn new(fill: u64, piece: u64, stride: u64) -> Result<Self, vm_migration::BitmapError> {
+    fn new(fill: u64, piece: u64, stride: u64) -> Result<Self, BitmapError> {
         let mut pages = IovaBitmap::new(Iova(0), BYTES, PageSize::SIZE_4K)?;
-        let mut state: u64 = 0x9e37_79b9_7f4a_7c15;
+        let mut state = SEED;
         for page in 0..pages.pages() {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            if state % 100 < fill {
+            if random(&mut state) % 100 < fill {
                 pages.set(Iova(page * PAGE), 1);
             }
         }
@@ -60,7 +57,7 @@ impl Device {
         })
     }
 
-    fn tell(&self, window: IovaRange, bitmap: &mut IovaBitmap) -> Result<Reported, DirtyError> {
+    fn tell(&self, window: IovaRange, bitmap: &mut IovaBitmap) -> Result<Reported, BitmapError> {
         let from = window.first().0 - self.base;
         let page = (from / self.stride * self.piece + from % self.stride) / PAGE;
         let count = (window.last().0 - window.first().0) / PAGE + 1;
@@ -70,10 +67,8 @@ impl Device {
         let words = self.pages.words().get(word(page)..).unwrap_or_default();
         let words = words.get(..word(ahead + count + 63)).unwrap_or(words);
         let base = Iova(window.first().0 - ahead * PAGE);
-        bitmap
-            .or_words(base, PageSize::SIZE_4K, words)
-            .map(Reported::counted)
-            .map_err(failed)
+        let named = bitmap.or_words(base, PageSize::SIZE_4K, words);
+        named.map(Reported::counted)
     }
 }
 
@@ -105,43 +100,7 @@ impl IovaLog for Device {
         bitmap: &mut IovaBitmap,
     ) -> Result<Reported, DirtyError> {
         self.tell(window, bitmap)
-    }
-
-    fn stop(&mut self) -> Result<(), DirtyError> {
-        Ok(())
-    }
-}
-
-/// Without it.
-struct Direct(Device);
-
-impl DirtySource for Direct {
-    fn id(&self) -> &str {
-        "device"
-    }
-
-    fn granularity(&self) -> PageSize {
-        PageSize::SIZE_4K
-    }
-
-    fn precision(&self) -> Precision {
-        Precision::Exact
-    }
-
-    fn start(&mut self, _ranges: &[IovaRange]) -> Result<(), DirtyError> {
-        Ok(())
-    }
-
-    fn report(
-        &mut self,
-        window: IovaRange,
-        bitmap: &mut IovaBitmap,
-    ) -> Result<Reported, DirtyError> {
-        self.0.tell(window, bitmap)
-    }
-
-    fn clearing(&mut self) -> Clearing<'_> {
-        Clearing::AtReport
+            .map_err(|cause| DirtyError::backend("device", "report", cause))
     }
 
     fn stop(&mut self) -> Result<(), DirtyError> {
@@ -175,8 +134,12 @@ fn ways(fill: u64) -> Result<Vec<Way>, Box<dyn std::error::Error>> {
     let (mapped, _) = Translated::mapped(whole.clone(), one);
     let (together, _) = Translated::mapped(whole.clone(), scattered(RANGE_BYTES)?);
     let (scattered, _) = Translated::mapped(apart, scattered(2 * RANGE_BYTES)?);
+    let direct = whole.clone();
+    let direct = Simulated::new("device", PageSize::SIZE_4K, move |window, bitmap| {
+        direct.tell(window, bitmap)
+    });
     Ok(vec![
-        ("direct", Box::new(Direct(whole.clone()))),
+        ("direct", Box::new(direct)),
         ("identity", Box::new(Translated::identity(whole))),
         ("1 range", Box::new(mapped)),
         ("1000 ranges", Box::new(together)),

@@ -19,7 +19,6 @@ use vhost_backend::{Backend, Faults, taps};
 const LIMIT: Duration = Duration::from_secs(20);
 /// Slow enough for a second or more of packets between a page's sending and the switchover.
 const BYTES_PER_SECOND: u64 = 60 << 20;
-const WORDS: &str = "mem=96 rate=100 irq=1 retain=2048";
 
 /// A backend on one end's tap.
 fn backend(dir: &Path, net: Network, end: usize, faults: Faults) -> Result<Backend> {
@@ -42,6 +41,38 @@ fn received(net: Network, backend: &Backend) -> Value {
     json!({"net": [{"id": net.id(), "vhost_socket": backend.socket()}]})
 }
 
+/// A guest under packets, by a card on a backend.
+struct Scene {
+    here: Backend,
+    vm: Vm,
+    stream: Traffic,
+}
+
+impl Scene {
+    /// A guest of `mib` that was told `words`, with its card on the first end of `net` and so many
+    /// packets a second, the first `echoes` of which it has answered.
+    fn start(
+        dir: &Path,
+        net: Network,
+        faults: Faults,
+        (mib, words): (u64, &str),
+        (rate, echoes): (u32, u64),
+    ) -> Result<Self> {
+        let here = backend(dir, net, 0, faults)?;
+        let mut spec = VmSpec::new(mib, words);
+        spec.nets = vec![device(net, &here)];
+        let vm = Vm::boot(dir, "source", &spec)?;
+        let stream = net.traffic(rate)?;
+        wait_echoes(&vm, &stream, echoes)?;
+        Ok(Self { here, vm, stream })
+    }
+}
+
+/// A guest that is moved slowly, or not at all.
+const SLOW: (u64, &str) = (160, "mem=64 rate=20 irq=1 retain=4096");
+/// A guest that stays.
+const SMALL: (u64, &str) = (96, "mem=32 rate=20 irq=1");
+
 fn wait_echoes(vm: &Vm, stream: &Traffic, count: u64) -> Result<()> {
     let enough = stream.counts().received + count;
     wait_for("echoes", LIMIT, || {
@@ -58,11 +89,13 @@ fn a_vhost_user_card_moves_under_packets() -> Result<()> {
     };
     let dir = tempfile::tempdir()?;
     let net = Network::new(0)?;
-    let mut here = backend(dir.path(), net, 0, Faults::default())?;
-    let mut spec = VmSpec::new(256, WORDS);
-    spec.nets = vec![device(net, &here)];
-    let mut vm = Vm::boot(dir.path(), "host0", &spec)?;
-    let stream = net.traffic(1000)?;
+    let busy = (256, "mem=96 rate=100 irq=1 retain=2048");
+    let scene = Scene::start(dir.path(), net, Faults::default(), busy, (1000, 300))?;
+    let Scene {
+        mut here,
+        mut vm,
+        stream,
+    } = scene;
     for number in 1..=4 {
         wait_echoes(&vm, &stream, 300)?;
         let there = backend(dir.path(), net, number, Faults::default())?;
@@ -95,13 +128,13 @@ fn a_cancelled_migration_ends_a_vhost_user_log() -> Result<()> {
     };
     let dir = tempfile::tempdir()?;
     let net = Network::new(0)?;
-    let here = backend(dir.path(), net, 0, Faults::default())?;
     let there = backend(dir.path(), net, 1, Faults::default())?;
-    let mut spec = VmSpec::new(160, "mem=64 rate=20 irq=1 retain=4096");
-    spec.nets = vec![device(net, &here)];
-    let mut vm = Vm::boot(dir.path(), "source", &spec)?;
-    let stream = net.traffic(800)?;
-    wait_echoes(&vm, &stream, 500)?;
+    let scene = Scene::start(dir.path(), net, Faults::default(), SLOW, (800, 500))?;
+    let Scene {
+        here,
+        mut vm,
+        stream,
+    } = scene;
     let mut destination = Ferry::start(dir.path(), "destination", &[])?;
     let route = Route::unix(dir.path()).receiving(received(net, &there));
     let slowly = route.clone().sending(json!({"max_bandwidth": 20 << 20}));
@@ -133,13 +166,13 @@ fn a_cancelled_migration_ends_a_vhost_user_log() -> Result<()> {
 /// Migrates slowly from a backend with `faults`; gives the audit at the destination.
 fn migrate_slowly(net: Network, faults: Faults) -> Result<Verify> {
     let dir = tempfile::tempdir()?;
-    let here = backend(dir.path(), net, 0, faults)?;
     let there = backend(dir.path(), net, 1, Faults::default())?;
-    let mut spec = VmSpec::new(160, "mem=64 rate=20 irq=1 retain=4096");
-    spec.nets = vec![device(net, &here)];
-    let mut vm = Vm::boot(dir.path(), "source", &spec)?;
-    let stream = net.traffic(800)?;
-    wait_echoes(&vm, &stream, 500)?;
+    let scene = Scene::start(dir.path(), net, faults, SLOW, (800, 500))?;
+    let Scene {
+        here: _here,
+        mut vm,
+        stream,
+    } = scene;
     let destination = Ferry::start(dir.path(), "destination", &[])?;
     let route = Route::unix(dir.path())
         .sending(json!({"max_bandwidth": BYTES_PER_SECOND, "downtime_ms": 100}))
@@ -193,12 +226,12 @@ fn a_vhost_user_card_that_cannot_move_is_named() -> Result<()> {
     ] {
         let dir = tempfile::tempdir()?;
         let net = Network::new(number)?;
-        let here = backend(dir.path(), net, 0, faults)?;
-        let mut spec = VmSpec::new(96, "mem=32 rate=20 irq=1");
-        spec.nets = vec![device(net, &here)];
-        let mut vm = Vm::boot(dir.path(), "source", &spec)?;
-        let stream = net.traffic(500)?;
-        wait_echoes(&vm, &stream, 300)?;
+        let scene = Scene::start(dir.path(), net, faults, SMALL, (500, 300))?;
+        let Scene {
+            here: _here,
+            mut vm,
+            stream,
+        } = scene;
         let mut destination = Ferry::start(dir.path(), "destination", &[])?;
         let nobody = json!({"net": [{"id": net.id(), "vhost_socket": dir.path().join("nobody")}]});
         let route = Route::unix(dir.path()).receiving(nobody);
@@ -232,13 +265,13 @@ fn a_vhost_user_backend_that_hangs_fails_the_migration_alone() -> Result<()> {
     for (number, hangs_at_once) in [(0, true), (1, false)] {
         let dir = tempfile::tempdir()?;
         let net = Network::new(number)?;
-        let here = backend(dir.path(), net, 0, Faults::default())?;
         let there = backend(dir.path(), net, 1, Faults::default())?;
-        let mut spec = VmSpec::new(160, "mem=64 rate=20 irq=1 retain=4096");
-        spec.nets = vec![device(net, &here)];
-        let mut vm = Vm::boot(dir.path(), "source", &spec)?;
-        let stream = net.traffic(800)?;
-        wait_echoes(&vm, &stream, 300)?;
+        let scene = Scene::start(dir.path(), net, Faults::default(), SLOW, (800, 300))?;
+        let Scene {
+            here,
+            mut vm,
+            stream: _stream,
+        } = scene;
         let mut destination = Ferry::start(dir.path(), "destination", &[])?;
         let route = Route::unix(dir.path())
             .sending(json!({"max_bandwidth": BYTES_PER_SECOND}))
@@ -278,12 +311,12 @@ fn a_vhost_user_backend_that_dies_is_named_and_the_guest_goes_on() -> Result<()>
     };
     let dir = tempfile::tempdir()?;
     let net = Network::new(0)?;
-    let here = backend(dir.path(), net, 0, Faults::default())?;
-    let mut spec = VmSpec::new(96, "mem=32 rate=20 irq=1");
-    spec.nets = vec![device(net, &here)];
-    let mut vm = Vm::boot(dir.path(), "source", &spec)?;
-    let stream = net.traffic(500)?;
-    wait_echoes(&vm, &stream, 300)?;
+    let scene = Scene::start(dir.path(), net, Faults::default(), SMALL, (500, 300))?;
+    let Scene {
+        here,
+        mut vm,
+        stream: _stream,
+    } = scene;
     drop(here);
     let event = vm.ferry.wait_event("device-lost", LIMIT)?;
     ensure!(event.to_string().contains(&net.id()), "{event}");

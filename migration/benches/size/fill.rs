@@ -6,6 +6,7 @@ use serde::Serialize;
 use vm_migration::{Iova, IovaRange};
 
 use crate::layout::PAGE;
+use crate::random::{SEED, random};
 
 /// Pages of a cluster: 2 MiB.
 const CLUSTER: u64 = 512;
@@ -155,7 +156,7 @@ fn piece(ram: IovaRange, one_in: u64) -> IovaRange {
 
 /// Distances between random places of which one in `one_in` is dirty.
 fn random_gaps(one_in: u64) -> Arc<[u32]> {
-    let mut state = 0x9e37_79b9_7f4a_7c15;
+    let mut state = SEED;
     let gap = |_| {
         let mut gap = 1u32;
         while !random(&mut state).is_multiple_of(one_in.max(1)) {
@@ -166,17 +167,9 @@ fn random_gaps(one_in: u64) -> Arc<[u32]> {
     (0..GAPS).map(gap).collect()
 }
 
-/// A step of xorshift64: the same dirty pages on every run.
-fn random(state: &mut u64) -> u64 {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    *state
-}
-
 /// Spreads numbers that are near each other (the finalizer of splitmix64).
 fn mix(number: u64) -> u64 {
-    let number = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let number = number.wrapping_add(SEED);
     let number = (number ^ number >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let number = (number ^ number >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
     number ^ number >> 31

@@ -14,6 +14,10 @@ mod fill;
 mod layout;
 mod measure;
 mod plan;
+#[path = "../common/random.rs"]
+mod random;
+#[path = "../common/source.rs"]
+mod source;
 mod sources;
 mod table;
 

@@ -8,7 +8,7 @@ use vm_migration::{DirtySource, IovaRange, PageSize};
 use crate::fill::{Fill, Pattern};
 use crate::layout::PAGE;
 use crate::measure::{Guest, Row, Sources};
-use crate::sources::{Copied, Device, OwnWrites};
+use crate::sources::{OwnWrites, copied, device};
 
 /// Guests in GiB.
 const SIZES: [u64; 8] = [1, 4, 16, 64, 256, 1 << 10, 4 << 10, 12 << 10];
@@ -118,9 +118,8 @@ fn sources(who: &str, all: Vec<Box<dyn DirtySource>>) -> Sources {
 /// So many devices that share what is dirty.
 fn devices(fill: Fill, ram: IovaRange, count: u64) -> Sources {
     let mut shares = Pattern::shares(fill, ram, count, 1).into_iter();
-    let device =
-        |number| -> Box<dyn DirtySource> { Box::new(Device::new(number, PAGE, shares.next())) };
-    sources("", (0..count).map(device).collect())
+    let share = |number| device(number, PAGE, shares.next());
+    sources("", (0..count).map(share).collect())
 }
 
 /// One source of each kind, and a VM with all of them.
@@ -130,28 +129,16 @@ fn kinds(fill: Fill, guest: &Guest) -> Result<Vec<Sources>, Box<dyn Error>> {
     let coarse = PageSize::new(COARSE << PAGE.shift()).unwrap_or(PAGE);
     let pattern = one(1).ok_or("nothing is dirty")?;
     let mut kinds = vec![
-        sources(
-            "device of 4 KiB",
-            vec![Box::new(Device::new(0, PAGE, one(1)))],
-        ),
-        sources(
-            "device of 64 KiB",
-            vec![Box::new(Device::new(0, coarse, one(COARSE)))],
-        ),
-        sources(
-            "copied log, as KVM's",
-            vec![Box::new(Copied::new(ranges, &pattern, 0)?)],
-        ),
-        sources(
-            "copied log, shifted",
-            vec![Box::new(Copied::new(ranges, &pattern, 5)?)],
-        ),
+        sources("device of 4 KiB", vec![device(0, PAGE, one(1))]),
+        sources("device of 64 KiB", vec![device(0, coarse, one(COARSE))]),
+        sources("copied log, as KVM's", vec![copied(ranges, &pattern, 0)?]),
+        sources("copied log, shifted", vec![copied(ranges, &pattern, 5)?]),
     ];
     let own = OwnWrites::new(ranges, pattern);
     let log = own.clone();
     kinds.push(Sources {
         who: "the VMM's own writes".to_owned(),
-        all: vec![Box::new(own)],
+        all: vec![own.into_source()],
         prepare: Box::new(move || log.refill()),
     });
 
@@ -162,10 +149,9 @@ fn kinds(fill: Fill, guest: &Guest) -> Result<Vec<Sources>, Box<dyn Error>> {
     };
     let own = OwnWrites::new(ranges, second);
     let log = own.clone();
-    let mut all: Vec<Box<dyn DirtySource>> =
-        vec![Box::new(Copied::new(ranges, &first, 0)?), Box::new(own)];
+    let mut all = vec![copied(ranges, &first, 0)?, own.into_source()];
     for (number, share) in (0..).zip(shares) {
-        all.push(Box::new(Device::new(number, PAGE, Some(share))));
+        all.push(device(number, PAGE, Some(share)));
     }
     kinds.push(Sources {
         who: format!("KVM's, the VMM's, {DEVICES} devices"),

@@ -6,95 +6,58 @@ use std::sync::Arc;
 
 use vm_memory::bitmap::{Bitmap, NewBitmap};
 use vm_migration::memory::WriteLog;
-use vm_migration::{
-    Clearing, DirtyError, DirtySource, Iova, IovaBitmap, IovaRange, PageSize, Precision, Reported,
-};
+use vm_migration::{BitmapError, DirtySource, Iova, IovaBitmap, IovaRange, PageSize, Reported};
 
 use crate::fill::Pattern;
 use crate::layout::PAGE;
-
-/// Refuses a bitmap that is not just the window at 4 KiB, which is all that is asked for here.
-fn check(id: &str, window: IovaRange, bitmap: &IovaBitmap) -> Result<(), DirtyError> {
-    if bitmap.range() == window && bitmap.page_size() == PAGE {
-        return Ok(());
-    }
-    Err(DirtyError::NotTracked {
-        source_id: id.to_owned(),
-        first: window.first(),
-        last: window.last(),
-    })
-}
+use crate::source::Simulated;
 
 /// A device whose driver in a kernel reports into the bitmap it is given, as VFIO's do: it sets the
-/// bits of the pages that were written and touches nothing else, and counts nothing.
-#[derive(Debug)]
-pub(crate) struct Device {
-    id: String,
+/// bits of the pages that were written and touches nothing else, and counts nothing. Without a
+/// pattern it wrote nothing.
+pub(crate) fn device(
+    number: u64,
     page: PageSize,
-    /// Nothing if it wrote nothing.
     pattern: Option<Pattern>,
-}
-
-impl Device {
-    pub(crate) fn new(number: u64, page: PageSize, pattern: Option<Pattern>) -> Self {
-        Self {
-            id: format!("device{number}"),
-            page,
-            pattern,
-        }
-    }
-}
-
-impl DirtySource for Device {
-    fn id(&self) -> &str {
-        &self.id
-    }
-
-    fn granularity(&self) -> PageSize {
-        self.page
-    }
-
-    fn precision(&self) -> Precision {
-        Precision::Exact
-    }
-
-    fn start(&mut self, _ranges: &[IovaRange]) -> Result<(), DirtyError> {
-        Ok(())
-    }
-
-    fn report(
-        &mut self,
-        window: IovaRange,
-        bitmap: &mut IovaBitmap,
-    ) -> Result<Reported, DirtyError> {
-        check(&self.id, window, bitmap)?;
-        if let Some(pattern) = &self.pattern {
-            let bytes = pattern.unit_bytes();
-            if bytes == PAGE.bytes() {
-                let words = bitmap.words_mut();
-                for place in pattern.places(window) {
-                    let page = (place - window.first().0) >> PAGE.shift();
-                    let word = usize::try_from(page / 64).unwrap_or(usize::MAX);
-                    if let Some(word) = words.get_mut(word) {
-                        *word |= 1 << (page % 64);
-                    }
-                }
-            } else {
-                for place in pattern.places(window) {
-                    bitmap.set(Iova(place), bytes);
-                }
-            }
+) -> Box<dyn DirtySource> {
+    let report = move |window, bitmap: &mut IovaBitmap| {
+        if let Some(pattern) = &pattern {
+            set_bits(pattern, window, bitmap);
         }
         Ok(Reported { pages: None })
-    }
+    };
+    Box::new(Simulated::new(format!("device{number}"), page, report))
+}
 
-    fn clearing(&mut self) -> Clearing<'_> {
-        Clearing::AtReport
+fn set_bits(pattern: &Pattern, window: IovaRange, bitmap: &mut IovaBitmap) {
+    let bytes = pattern.unit_bytes();
+    if bytes != PAGE.bytes() {
+        for place in pattern.places(window) {
+            bitmap.set(Iova(place), bytes);
+        }
+        return;
     }
+    let words = bitmap.words_mut();
+    for place in pattern.places(window) {
+        let page = (place - window.first().0) >> PAGE.shift();
+        let word = usize::try_from(page / 64).unwrap_or(usize::MAX);
+        if let Some(word) = words.get_mut(word) {
+            *word |= 1 << (page % 64);
+        }
+    }
+}
 
-    fn stop(&mut self) -> Result<(), DirtyError> {
-        Ok(())
-    }
+/// A log that comes as a copy of all its words, set or not: KVM's, or that of another process. At
+/// the first window of a range the range's words are copied, and then merged window by window. It
+/// says of `ranges` what `pattern` does.
+pub(crate) fn copied(
+    ranges: &[IovaRange],
+    pattern: &Pattern,
+    pages_before: u64,
+) -> Result<Box<dyn DirtySource>, BitmapError> {
+    let mut log = Copied::new(ranges, pattern, pages_before)?;
+    let report = move |window, bitmap: &mut IovaBitmap| log.report(window, bitmap);
+    Ok(Box::new(Simulated::new("copied", PAGE, report)))
 }
 
 /// One range of a [`Copied`] log.
@@ -107,22 +70,20 @@ struct Piece {
     ours: Vec<u64>,
 }
 
-/// A log that comes as a copy of all its words, set or not: KVM's, or that of another process. At
-/// the first window of a range the range's words are copied, and then merged window by window.
+/// See [`copied`].
 #[derive(Debug)]
-pub(crate) struct Copied {
+struct Copied {
     /// How many pages before the guest's ranges its own start: by 5, no word lies over one of ours.
     pages_before: u64,
     pieces: Vec<Piece>,
 }
 
 impl Copied {
-    /// A log that says of `ranges` what `pattern` does.
-    pub(crate) fn new(
+    fn new(
         ranges: &[IovaRange],
         pattern: &Pattern,
         pages_before: u64,
-    ) -> Result<Self, vm_migration::BitmapError> {
+    ) -> Result<Self, BitmapError> {
         let piece = |range: &IovaRange| {
             let mut bitmap = IovaBitmap::over(*range, PAGE)?;
             for place in pattern.places(*range) {
@@ -139,31 +100,12 @@ impl Copied {
             pieces: ranges.iter().map(piece).collect::<Result<_, _>>()?,
         })
     }
-}
-
-impl DirtySource for Copied {
-    fn id(&self) -> &str {
-        "copied"
-    }
-
-    fn granularity(&self) -> PageSize {
-        PAGE
-    }
-
-    fn precision(&self) -> Precision {
-        Precision::Exact
-    }
-
-    fn start(&mut self, _ranges: &[IovaRange]) -> Result<(), DirtyError> {
-        Ok(())
-    }
 
     fn report(
         &mut self,
         window: IovaRange,
         bitmap: &mut IovaBitmap,
-    ) -> Result<Reported, DirtyError> {
-        check("copied", window, bitmap)?;
+    ) -> Result<Reported, BitmapError> {
         let mut reported = Reported::counted(0);
         for piece in &mut self.pieces {
             if piece.range.intersection(window).is_none() {
@@ -184,21 +126,9 @@ impl DirtySource for Copied {
                     .saturating_sub(self.pages_before << PAGE.shift()),
             );
             let named = bitmap.or_words(base, PAGE, words.unwrap_or_default());
-            reported = Reported::counted(named.map_err(|cause| DirtyError::Backend {
-                source_id: "copied".to_owned(),
-                operation: "report",
-                cause: Box::new(cause),
-            })?);
+            reported = Reported::counted(named?);
         }
         Ok(reported)
-    }
-
-    fn clearing(&mut self) -> Clearing<'_> {
-        Clearing::AtReport
-    }
-
-    fn stop(&mut self) -> Result<(), DirtyError> {
-        Ok(())
     }
 }
 
@@ -232,31 +162,14 @@ impl OwnWrites {
             }
         }
     }
-}
 
-impl DirtySource for OwnWrites {
-    fn id(&self) -> &str {
-        "vmm"
+    /// The source that reports them.
+    pub(crate) fn into_source(self) -> Box<dyn DirtySource> {
+        let report = move |window, bitmap: &mut IovaBitmap| self.report(window, bitmap);
+        Box::new(Simulated::new("vmm", PAGE, report))
     }
 
-    fn granularity(&self) -> PageSize {
-        PAGE
-    }
-
-    fn precision(&self) -> Precision {
-        Precision::Exact
-    }
-
-    fn start(&mut self, _ranges: &[IovaRange]) -> Result<(), DirtyError> {
-        Ok(())
-    }
-
-    fn report(
-        &mut self,
-        window: IovaRange,
-        bitmap: &mut IovaBitmap,
-    ) -> Result<Reported, DirtyError> {
-        check("vmm", window, bitmap)?;
+    fn report(&self, window: IovaRange, bitmap: &mut IovaBitmap) -> Result<Reported, BitmapError> {
         let mut reported = Reported::counted(0);
         for (range, log) in &*self.logs {
             let Some(part) = range.intersection(window) else {
@@ -268,20 +181,8 @@ impl DirtySource for OwnWrites {
                 continue;
             };
             let named = log.drain(offset, len, range.first(), bitmap);
-            reported = Reported::counted(named.map_err(|cause| DirtyError::Backend {
-                source_id: "vmm".to_owned(),
-                operation: "report",
-                cause: Box::new(cause),
-            })?);
+            reported = Reported::counted(named?);
         }
         Ok(reported)
-    }
-
-    fn clearing(&mut self) -> Clearing<'_> {
-        Clearing::AtReport
-    }
-
-    fn stop(&mut self) -> Result<(), DirtyError> {
-        Ok(())
     }
 }

@@ -44,27 +44,21 @@
 //! That it would notice is shown by `every_fault_is_noticed`: each `Fault` breaks a
 //! rule that this crate's documents give to sources and to whoever drives `GuestDirty`.
 
+#![cfg(ferry_shuttle)]
+
 #[cfg(test)]
-#[cfg(ferry_shuttle)]
 mod explore;
 #[cfg(test)]
-#[cfg(ferry_shuttle)]
 mod faults;
 #[cfg(test)]
-#[cfg(ferry_shuttle)]
 mod guest;
 #[cfg(test)]
-#[cfg(ferry_shuttle)]
 mod ledger;
 #[cfg(test)]
-#[cfg(ferry_shuttle)]
 mod link;
 #[cfg(test)]
-#[cfg(ferry_shuttle)]
 mod migration;
 #[cfg(test)]
-#[cfg(ferry_shuttle)]
 mod sources;
 #[cfg(test)]
-#[cfg(ferry_shuttle)]
 mod writers;

@@ -68,6 +68,13 @@ pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// `len` bytes that differ from place to place.
+pub(crate) fn pattern(len: usize, seed: usize) -> Vec<u8> {
+    (0..len)
+        .map(|i| u8::try_from((i * 7 + i / 251 + seed) % 256).unwrap())
+        .collect()
+}
+
 /// A vector that counts its triggers in an eventfd.
 pub(crate) struct TestLine {
     event: EventFd,

@@ -6,6 +6,8 @@ use std::sync::atomic::{Ordering, fence};
 use vm_memory::{Bytes, GuestAddress};
 use vm_migration::memory::GuestMemory;
 
+use super::wait_for;
+
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
@@ -66,6 +68,31 @@ impl Ring {
             last_used: 0,
             event_idx,
         }
+    }
+
+    /// `len` bytes of the guest's memory.
+    pub(crate) fn bytes(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let at = GuestAddress(address);
+        self.memory.read_slice(&mut bytes, at).unwrap();
+        bytes
+    }
+
+    /// Writes the guest's memory.
+    pub(crate) fn put(&self, address: u64, bytes: &[u8]) {
+        let at = GuestAddress(address);
+        self.memory.write_slice(bytes, at).unwrap();
+    }
+
+    /// The next used element, once there is one.
+    #[track_caller]
+    pub(crate) fn wait_used(&mut self) -> Used {
+        let mut used = None;
+        wait_for("used chain", || {
+            used = self.pop_used();
+            used.is_some()
+        });
+        used.unwrap()
     }
 
     pub(crate) fn u16(&self, address: u64) -> u16 {

@@ -19,7 +19,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::testing::{Driver, Ring, TestFabric, Used, memory, pci_device, wait_for};
+use crate::testing::{Driver, Ring, TestFabric, Used, memory, pattern, pci_device, wait_for};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -164,13 +164,7 @@ impl Card {
     }
 
     fn used(&mut self, queue: usize) -> Used {
-        let ring = &mut self.rings[queue];
-        let mut used = None;
-        wait_for("used chain", || {
-            used = ring.pop_used();
-            used.is_some()
-        });
-        used.unwrap()
+        self.rings[queue].wait_used()
     }
 
     /// Bytes of receive buffer `index`.
@@ -179,19 +173,11 @@ impl Card {
     }
 
     fn bytes(&self, address: u64, len: usize) -> Vec<u8> {
-        let mut bytes = vec![0; len];
-        self.rings[RX]
-            .memory
-            .read_slice(&mut bytes, GuestAddress(address))
-            .unwrap();
-        bytes
+        self.rings[RX].bytes(address, len)
     }
 
     fn put(&self, address: u64, bytes: &[u8]) {
-        self.rings[RX]
-            .memory
-            .write_slice(bytes, GuestAddress(address))
-            .unwrap();
+        self.rings[RX].put(address, bytes);
     }
 
     /// Sends a command on the control queue `queue`, in pieces of the given lengths; the answer.
@@ -218,13 +204,6 @@ impl Card {
         assert_eq!(self.used(ring).len, 1);
         self.bytes(answer, 1)[0]
     }
-}
-
-/// `len` bytes that differ from place to place.
-fn pattern(len: usize, seed: usize) -> Vec<u8> {
-    (0..len)
-        .map(|i| u8::try_from((i * 7 + i / 251 + seed) % 256).unwrap())
-        .collect()
 }
 
 /// A TCP segment over IPv4 without options: the first of the well-known hash test vectors.

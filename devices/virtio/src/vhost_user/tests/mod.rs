@@ -10,10 +10,11 @@ use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use vhost_backend::{Backend, Faults, Port};
-use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::testing::{Driver, Ring, TestFabric, Used, pci_device, shared_memory, wait_for};
+use crate::testing::{
+    Driver, Ring, TestFabric, Used, pattern, pci_device, shared_memory, wait_for,
+};
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -149,27 +150,15 @@ impl Card {
 
     #[track_caller]
     fn used(&mut self, ring: usize) -> Used {
-        let ring = &mut self.rings[ring];
-        let mut used = None;
-        wait_for("used chain", || {
-            used = ring.pop_used();
-            used.is_some()
-        });
-        used.unwrap()
+        self.rings[ring].wait_used()
     }
 
     fn bytes(&self, address: u64, len: usize) -> Vec<u8> {
-        let mut bytes = vec![0; len];
-        let memory = &self.rings[RX].memory;
-        memory
-            .read_slice(&mut bytes, GuestAddress(address))
-            .unwrap();
-        bytes
+        self.rings[RX].bytes(address, len)
     }
 
     fn put(&self, address: u64, bytes: &[u8]) {
-        let memory = &self.rings[RX].memory;
-        memory.write_slice(bytes, GuestAddress(address)).unwrap();
+        self.rings[RX].put(address, bytes);
     }
 
     /// The packet in receive buffer `index`.
@@ -189,11 +178,4 @@ impl Card {
         assert_eq!(self.used(ring).len, 1);
         self.bytes(answer, 1)[0]
     }
-}
-
-/// `len` bytes that differ from place to place.
-fn pattern(len: usize, seed: usize) -> Vec<u8> {
-    (0..len)
-        .map(|i| u8::try_from((i * 7 + i / 251 + seed) % 256).unwrap())
-        .collect()
 }
