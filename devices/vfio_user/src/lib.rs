@@ -46,7 +46,7 @@ pub mod wire;
 
 pub use client::{Client, ClientConfig, ClientError, DmaHandler, GoneHandler};
 pub use link::LinkFault;
-pub use region::{Area, DeviceInfo, IoEventFd, IrqInfo, RegionInfo, RegionMapping};
+pub use region::{Area, DeviceInfo, IoEventFd, IrqInfo, Malformed, RegionInfo, RegionMapping};
 pub use rustix::io::Errno;
 pub use server::{
     ClientMemory, DmaLogDevice, DmaMapping, IrqAction, IrqData, IrqRequest, MigrationDevice,

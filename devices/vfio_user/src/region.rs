@@ -5,7 +5,7 @@
 
 use std::os::fd::OwnedFd;
 
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 use crate::wire::{
     AreaMsg, CAP_SPARSE_MMAP, CapHeader, IO_FD_DATAMATCH, IO_FD_IOEVENTFD, IoFdMsg, MAX_IO_FDS,
@@ -144,48 +144,91 @@ fn encode_sparse(areas: &[Area]) -> Vec<u8> {
     caps
 }
 
-/// A server's reply to GET_REGION_INFO.
-pub(crate) fn decode_region(
-    index: u32,
-    payload: &[u8],
-    fds: Vec<OwnedFd>,
-) -> Result<RegionInfo, Malformed> {
+/// What GET_REGION_INFO says of a region, but for the file to map.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RegionLayout {
+    /// READ and WRITE; MMAP follows from `areas`.
+    pub flags: RegionFlags,
+    /// Bytes; 0 where there is no such region.
+    pub size: u64,
+    /// Offset in the file of the region's first byte.
+    pub offset: u64,
+    /// The parts that may be mapped, all within the region and the file; `None` if it may not be
+    /// mapped at all.
+    pub areas: Option<Vec<Area>>,
+}
+
+/// Takes a region's description apart: `struct vfio_region_info` and its capabilities, from a
+/// vfio-user server or from the kernel, which are the same bytes.
+///
+/// # Errors
+/// [`Malformed`], for anything that does not hold together.
+pub fn decode_layout(index: u32, payload: &[u8]) -> Result<RegionLayout, Malformed> {
     let (message, _) =
         split::<RegionInfoMsg>(payload).ok_or(Malformed("the region info is too short"))?;
     if message.index != index {
         return Err(Malformed("the region info is of another region"));
     }
     let flags = RegionFlags::from_bits_truncate(message.flags);
-    let mapping = if flags.contains(RegionFlags::MMAP) && message.size != 0 {
-        let areas = match flags.contains(RegionFlags::CAPS) {
+    let mut areas = None;
+    if flags.contains(RegionFlags::MMAP) && message.size != 0 {
+        let sparse = match flags.contains(RegionFlags::CAPS) {
             true => decode_caps(payload, message.cap_offset)?,
             false => None,
         };
-        let areas = areas.unwrap_or_else(|| {
+        let found = sparse.unwrap_or_else(|| {
             vec![Area {
                 offset: 0,
                 size: message.size,
             }]
         });
-        check_areas(&areas, message.size, message.offset)?;
-        // A mappable region without a descriptor is one the server maps for itself.
-        fds.into_iter().next().map(|fd| RegionMapping {
-            fd,
-            offset: message.offset,
-            areas,
-        })
-    } else {
-        None
-    };
-    Ok(RegionInfo {
+        check_areas(&found, message.size, message.offset)?;
+        areas = Some(found);
+    }
+    Ok(RegionLayout {
         flags: flags & (RegionFlags::READ | RegionFlags::WRITE),
         size: message.size,
+        offset: message.offset,
+        areas,
+    })
+}
+
+/// A server's reply to GET_REGION_INFO.
+pub(crate) fn decode_region(
+    index: u32,
+    payload: &[u8],
+    fds: Vec<OwnedFd>,
+) -> Result<RegionInfo, Malformed> {
+    let RegionLayout {
+        flags,
+        size,
+        offset,
+        areas,
+    } = decode_layout(index, payload)?;
+    // A mappable region without a descriptor is one the server maps for itself.
+    let fd = fds.into_iter().next();
+    let mapping = fd
+        .zip(areas)
+        .map(|(fd, areas)| RegionMapping { fd, offset, areas });
+    Ok(RegionInfo {
+        flags,
+        size,
         mapping,
     })
 }
 
-/// Walks the capability list for the sparse areas.
+/// The sparse areas in the capability list.
 fn decode_caps(payload: &[u8], first: u32) -> Result<Option<Vec<Area>>, Malformed> {
+    let body = find_capability(payload, first, CAP_SPARSE_MMAP)?;
+    body.map(decode_sparse).transpose()
+}
+
+/// What follows the header of capability `id`, version 1, in a list (`struct
+/// vfio_info_cap_header`) whose first entry is at `first` of `payload` (0: there is none).
+///
+/// # Errors
+/// [`Malformed`] if the list leaves the payload or runs backwards before it is found.
+pub fn find_capability(payload: &[u8], first: u32, id: u16) -> Result<Option<&[u8]>, Malformed> {
     let mut next = first;
     // Each capability has eight bytes at least and lies after the one before it, so a list in a
     // bounded payload ends.
@@ -193,14 +236,14 @@ fn decode_caps(payload: &[u8], first: u32) -> Result<Option<Vec<Area>>, Malforme
         let bytes = usize::try_from(next)
             .ok()
             .and_then(|at| payload.get(at..))
-            .ok_or(Malformed("a region capability lies outside of the reply"))?;
+            .ok_or(Malformed("a capability lies outside of the reply"))?;
         let (header, body) =
-            split::<CapHeader>(bytes).ok_or(Malformed("a region capability is cut off"))?;
-        if header.id == CAP_SPARSE_MMAP && header.version == 1 {
-            return decode_sparse(body).map(Some);
+            CapHeader::read_from_prefix(bytes).map_err(|_| Malformed("a capability is cut off"))?;
+        if header.id == id && header.version == 1 {
+            return Ok(Some(body));
         }
         if header.next != 0 && header.next <= next {
-            return Err(Malformed("the region capability list runs backwards"));
+            return Err(Malformed("the capability list runs backwards"));
         }
         next = header.next;
     }
