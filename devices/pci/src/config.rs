@@ -417,6 +417,16 @@ impl ConfigSpace {
         Ok(())
     }
 
+    /// Makes the set bits of `mask` at `offset` the guest's to write.
+    ///
+    /// # Errors
+    /// If they do not lie in configuration space.
+    pub fn set_writable(&mut self, offset: u16, mask: &[u8]) -> Result<(), ConfigError> {
+        self.check(offset, mask.len())?;
+        self.mask(offset, mask);
+        Ok(())
+    }
+
     /// Back to power-on: every writable bit is cleared (BAR addresses included).
     pub fn reset(&mut self) {
         for (byte, mask) in self.bytes.iter_mut().zip(self.writable.iter()) {

@@ -27,6 +27,7 @@ pub mod config;
 pub mod device;
 pub mod host_bridge;
 pub mod mapper;
+pub mod msi;
 pub mod msix;
 pub mod windows;
 
@@ -35,6 +36,7 @@ pub use config::{BarError, Capability, ConfigError, ConfigSpace, ConfigState, Id
 pub use device::{BarInfo, BarKind, Doorbell, PciDevice};
 pub use host_bridge::HostBridge;
 pub use mapper::{BarMapper, BusBarMapper, DoorbellBinder, DoorbellSpace, MapError};
+pub use msi::{Msi, MsiRegisters};
 pub use msix::{Msix, MsixError, MsixState};
 pub use windows::{ConfigPorts, EcamWindow};
 
