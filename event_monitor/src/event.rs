@@ -46,6 +46,12 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// `vm: device-removal-requested`: the host waits for a passthrough device to be let go of, which
+    /// the end of the VM does. Told again while it lasts.
+    DeviceRemovalRequested {
+        /// The device.
+        id: String,
+    },
     /// `vm: migration-started`, at the source.
     MigrationStarted,
     /// `vm: migration-memory-iteration`, at the source: one round of precopy is over.
@@ -136,6 +142,7 @@ impl Event {
             | Self::Shutdown
             | Self::Deleted
             | Self::DeviceLost { .. }
+            | Self::DeviceRemovalRequested { .. }
             | Self::MigrationStarted
             | Self::MigrationMemoryIteration { .. }
             | Self::MigrationDirtyLogRestarted { .. }
@@ -165,6 +172,7 @@ impl Event {
             Self::Resumed => "resumed",
             Self::Deleted => "deleted",
             Self::DeviceLost { .. } => "device-lost",
+            Self::DeviceRemovalRequested { .. } => "device-removal-requested",
             Self::MigrationStarted => "migration-started",
             Self::MigrationMemoryIteration { .. } => "migration-memory-iteration",
             Self::MigrationDirtyLogRestarted { .. } => "migration-dirty-log-restarted",

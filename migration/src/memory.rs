@@ -43,6 +43,9 @@ pub use log::{DrainError, LOG_PAGE, WriteLog, drain_writes, forget_writes, is_ra
 /// All of a guest's RAM, mapped into this process, with a [`WriteLog`] for each region.
 pub type GuestMemory = GuestMemoryMmap<WriteLog>;
 
+/// One region of a [`GuestMemory`].
+pub type GuestRegion = GuestRegionMmap<WriteLog>;
+
 /// A shared handle on guest memory whose regions can be replaced (memory hotplug).
 pub type MemoryHandle = GuestMemoryAtomic<GuestMemory>;
 
@@ -140,7 +143,7 @@ pub fn map_ram(mappings: Vec<RamMapping>) -> Result<GuestMemory, MemoryError> {
     GuestMemory::from_regions(regions).map_err(MemoryError::Layout)
 }
 
-fn map_region(mapping: RamMapping) -> Result<GuestRegionMmap<WriteLog>, MemoryError> {
+fn map_region(mapping: RamMapping) -> Result<GuestRegion, MemoryError> {
     let RamMapping { gpa, len, backing } = mapping;
     let bad = || MemoryError::BadRegion { gpa, len };
     if len == 0 || (gpa.0 | len) & (LOG_PAGE.bytes() - 1) != 0 {
@@ -155,7 +158,7 @@ fn map_region(mapping: RamMapping) -> Result<GuestRegionMmap<WriteLog>, MemoryEr
         }
     }
     .map_err(|source| MemoryError::Map { gpa, len, source })?;
-    GuestRegionMmap::new(mapped, GuestAddress(gpa.0)).ok_or_else(bad)
+    GuestRegion::new(mapped, GuestAddress(gpa.0)).ok_or_else(bad)
 }
 
 /// A contiguous piece of guest RAM.

@@ -164,6 +164,7 @@ fn name(kind: ThreadKind) -> &'static str {
         ThreadKind::VirtioRng => "virtio-rng",
         ThreadKind::Serial => "serial",
         ThreadKind::VfioUser => "vfio-user",
+        ThreadKind::DeviceNews => "device-news",
         ThreadKind::VfioServer => "vfio-server",
         ThreadKind::Signal => "signal",
         ThreadKind::EventMonitor => "event-monitor",

@@ -80,6 +80,12 @@ const DEVICE_SOCKETS: &[&str] = &["recvmsg", "sendmsg", "shutdown"];
 /// Sending and taking a migration's stream.
 const STREAM: &[&str] = &["recvfrom", "sendto", "shutdown"];
 
+/// Accesses of a device of the host at offsets of its file.
+const VFIO: &[&str] = &["pread64", "pwrite64"];
+
+/// Finding a device of the host and its IOMMU group.
+const VFIO_OPEN: &[&str] = &["readlink"];
+
 /// Opening what devices are connected to: files, taps, sockets.
 const OPEN_DEVICES: &[&str] = &[
     "bind",
@@ -196,6 +202,34 @@ const ROUTES: &[Ioctl] = &[
     Request(0xae79), // KVM_IOEVENTFD
 ];
 
+/// Opening a device of the host and giving it the guest's memory (`linux/vfio.h`).
+const VFIO_SETUP: &[Ioctl] = &[
+    Request(0x3b64), // VFIO_GET_API_VERSION
+    Request(0x3b65), // VFIO_CHECK_EXTENSION
+    Request(0x3b66), // VFIO_SET_IOMMU
+    Request(0x3b67), // VFIO_GROUP_GET_STATUS
+    Request(0x3b68), // VFIO_GROUP_SET_CONTAINER
+    Request(0x3b6a), // VFIO_GROUP_GET_DEVICE_FD
+    Request(0x3b6b), // VFIO_DEVICE_GET_INFO
+    Request(0x3b6c), // VFIO_DEVICE_GET_REGION_INFO
+    Request(0x3b6d), // VFIO_DEVICE_GET_IRQ_INFO
+    Request(0x3b70), // VFIO_IOMMU_GET_INFO
+    Request(0x3b71), // VFIO_IOMMU_MAP_DMA
+    Request(0x3b72), // VFIO_IOMMU_UNMAP_DMA
+];
+
+/// What a guest's driver asks of a device of the host: interrupts (`linux/vfio.h`).
+const VFIO_IRQS: &[Ioctl] = &[
+    Request(0x3b6e), // VFIO_DEVICE_SET_IRQS
+];
+
+/// Stopping, resetting and migrating a device of the host (`linux/vfio.h`).
+const VFIO_STATE: &[Ioctl] = &[
+    Request(0x3b6f), // VFIO_DEVICE_RESET
+    Request(0x3b75), // VFIO_DEVICE_FEATURE
+    Request(0x3b79), // VFIO_MIG_GET_PRECOPY_INFO
+];
+
 /// Opening a tap and bringing it up (`linux/if_tun.h`, `linux/sockios.h`).
 const TAP_OPEN: &[Ioctl] = &[
     Request(0x54ca), // TUNSETIFF
@@ -255,10 +289,21 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 LISTEN,
                 RESOLVE,
                 DEVICE_SOCKETS,
+                VFIO,
+                VFIO_OPEN,
                 DIRTY_RINGS, // of a guest that is taken back after its migration
                 &["lseek"],  // in a kernel's file
             ],
-            ioctls: &[KVM, TAP_OPEN, TAP_START, TAP_CONTROL, TERMINALS],
+            ioctls: &[
+                KVM,
+                TAP_OPEN,
+                TAP_START,
+                TAP_CONTROL,
+                TERMINALS,
+                VFIO_SETUP,
+                VFIO_IRQS,
+                VFIO_STATE,
+            ],
             resolves: true,
             starts: &[
                 ThreadKind::Vcpu,
@@ -267,6 +312,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 ThreadKind::MigrationReceive,
                 ThreadKind::Serial,
                 ThreadKind::VfioUser,
+                ThreadKind::DeviceNews,
                 ThreadKind::EventMonitor,
             ],
         },
@@ -274,8 +320,15 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         // routes, a driver's DRIVER_OK starts a device's threads, a vfio-user access is a message,
         // and serial output may go to a socket.
         ThreadKind::Vcpu => Profile {
-            calls: &[RUNTIME, THREADS, DEVICE_SOCKETS, DIRTY_RINGS, &["sendto"]],
-            ioctls: &[RUN, ROUTES, TAP_START, TAP_CONTROL],
+            calls: &[
+                RUNTIME,
+                THREADS,
+                DEVICE_SOCKETS,
+                VFIO,
+                DIRTY_RINGS,
+                &["sendto"],
+            ],
+            ioctls: &[RUN, ROUTES, TAP_START, TAP_CONTROL, VFIO_IRQS],
             resolves: false,
             starts: DEVICE_THREADS,
         },
@@ -298,10 +351,19 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 CONNECT,
                 STREAM,
                 DEVICE_SOCKETS,
+                VFIO,
                 DIRTY_RINGS,
                 MEMORY,
             ],
-            ioctls: &[SAVE, ROUTES, TAP_START, TAP_CONTROL, &[FIONBIO, FIONREAD]],
+            ioctls: &[
+                SAVE,
+                ROUTES,
+                TAP_START,
+                TAP_CONTROL,
+                VFIO_IRQS,
+                VFIO_STATE,
+                &[FIONBIO, FIONREAD],
+            ],
             resolves: true,
             starts: DEVICE_THREADS,
         },
@@ -314,11 +376,27 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 MEMORY,
                 STREAM,
                 DEVICE_SOCKETS,
+                VFIO,
+                VFIO_OPEN,
                 &["accept4"],
             ],
-            ioctls: &[KVM, TAP_OPEN, TAP_START, TAP_CONTROL, TERMINALS],
+            ioctls: &[
+                KVM,
+                TAP_OPEN,
+                TAP_START,
+                TAP_CONTROL,
+                TERMINALS,
+                VFIO_SETUP,
+                VFIO_IRQS,
+                VFIO_STATE,
+            ],
             resolves: false,
-            starts: &[ThreadKind::Vcpu, ThreadKind::Serial, ThreadKind::VfioUser],
+            starts: &[
+                ThreadKind::Vcpu,
+                ThreadKind::Serial,
+                ThreadKind::VfioUser,
+                ThreadKind::DeviceNews,
+            ],
         },
         ThreadKind::VirtioNet => Profile {
             calls: &[RUNTIME, QUEUES, &["readv", "writev"]],
@@ -388,7 +466,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
             resolves: false,
             starts: &[],
         },
-        ThreadKind::EventMonitor => Profile {
+        ThreadKind::EventMonitor | ThreadKind::DeviceNews => Profile {
             calls: &[RUNTIME],
             ioctls: &[],
             resolves: false,

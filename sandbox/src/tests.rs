@@ -223,6 +223,26 @@ fn a_vcpu_runs_and_makes_no_vm() {
 }
 
 #[test]
+fn a_vcpu_sets_a_devices_interrupts_and_migrates_no_device() {
+    let output = in_child(
+        "a_vcpu_sets_a_devices_interrupts_and_migrates_no_device",
+        || {
+            run(ThreadKind::Vcpu, SeccompMode::Enforce, || {
+                for request in [0x3b6e, 0x3b75] {
+                    // SAFETY: VFIO_DEVICE_SET_IRQS and VFIO_DEVICE_FEATURE with no structure; the file
+                    // is not VFIO's.
+                    let status = unsafe { libc::ioctl(std::io::stderr().as_raw_fd(), request, 0) };
+                    assert_eq!(status, -1);
+                    eprintln!("request {request:#x} was allowed");
+                }
+            });
+        },
+    );
+    forbidden(&output, "(ioctl), argument 1 = 0x3b75");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("request 0x3b6e was allowed"));
+}
+
+#[test]
 fn the_server_of_a_card_connects_to_nobody() {
     let output = in_child("the_server_of_a_card_connects_to_nobody", || {
         run(ThreadKind::VfioServer, SeccompMode::Enforce, || {

@@ -8,8 +8,8 @@ use sandbox::SeccompMode;
 
 use crate::api::ApiSocket;
 use crate::config::{
-    ConfigError, ConsoleConfig, CpusConfig, MemoryConfig, NetConfig, PayloadConfig, RngConfig,
-    UserDeviceConfig, VmConfig, default_console, default_serial,
+    ConfigError, ConsoleConfig, CpusConfig, DeviceConfig, MemoryConfig, NetConfig, PayloadConfig,
+    RngConfig, UserDeviceConfig, VmConfig, default_console, default_serial,
 };
 
 /// How much `ferry` says on standard error.
@@ -158,6 +158,23 @@ pub struct Cli {
     )]
     pub net: Vec<NetConfig>,
 
+    /// Devices of the host.
+    #[arg(
+        long,
+        value_name = "path=DIR,…",
+        num_args = 1..,
+        help = "PCI device of the host: path=/sys/bus/pci/devices/ADDRESS[,id=NAME][,dirty=auto|all]; \
+            may be repeated",
+        long_help = "PCI device of the host, bound to vfio-pci or a driver of its kind; may be \
+            repeated: path=/sys/bus/pci/devices/ADDRESS[,id=NAME][,dirty=auto|all]\n\n\
+            dirty=all lets the VM migrate although nobody can tell which pages the device wrote: \
+            all memory is then copied while the guest stands still. Without it (auto) such a \
+            migration is refused.\n\n\
+            All of the guest's RAM is locked in memory for it (see ulimit -l).",
+        help_heading = "Devices"
+    )]
+    pub device: Vec<DeviceConfig>,
+
     /// Passthrough devices.
     #[arg(
         long,
@@ -245,6 +262,7 @@ impl Cli {
             rng: self.rng.clone().unwrap_or_default(),
             serial: self.serial.clone().unwrap_or_else(default_serial),
             console: self.console.clone().unwrap_or_else(default_console),
+            devices: self.device.clone(),
             user_devices: self.user_device.clone(),
         };
         config.validate().map(Some)
@@ -258,6 +276,7 @@ impl Cli {
             || self.console.is_some()
             || self.rng.is_some()
             || !self.net.is_empty()
+            || !self.device.is_empty()
             || !self.user_device.is_empty()
     }
 }
@@ -287,12 +306,13 @@ mod tests {
             "--kernel k --initramfs i --cmdline console=ttyS0 --cpus boot=2,max=2 \
              --memory size=1G,shared=on --serial file=/tmp/log --console off \
              --net tap=tap0 tap=tap1 --net tap=tap2 --user-device socket=/nic,id=nic \
+             --device path=/sys/bus/pci/devices/0000:01:00.0 \
              --rng src=/dev/random --api-socket path=/s --event-monitor fd=5 --seccomp log -vv",
         )
         .unwrap();
         let config = cli.vm_config().unwrap().unwrap();
         let ids: Vec<&str> = config.device_ids().collect();
-        assert_eq!(ids, ["_net0", "_net1", "_net2", "nic"]);
+        assert_eq!(ids, ["_net0", "_net1", "_net2", "_vfio0", "nic"]);
         assert_eq!(config.cpus.boot_vcpus, 2);
         assert_eq!(config.console, ConsoleConfig::Off);
         assert_eq!(cli.api_socket, Some(ApiSocket::Path("/s".into())));

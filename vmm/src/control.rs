@@ -378,11 +378,19 @@ impl Control {
 impl Control {
     /// Does what the guest asks or suffers; says whether the process shall end.
     fn guest_wants(&mut self, reason: ExitReason) -> bool {
-        if let ExitReason::DeviceLost { id, reason } = reason {
-            tracing::error!(id, reason, "a device is gone");
-            self.host.events.tell(Event::DeviceLost { id, reason });
-            return false;
-        }
+        let reason = match reason {
+            ExitReason::DeviceLost { id, reason } => {
+                tracing::error!(id, reason, "a device is gone");
+                self.host.events.tell(Event::DeviceLost { id, reason });
+                return false;
+            }
+            ExitReason::DeviceWanted { id } => {
+                tracing::warn!(id, "the host wants the device back: shut the VM down");
+                self.host.events.tell(Event::DeviceRemovalRequested { id });
+                return false;
+            }
+            reason => reason,
+        };
         if let Migration::Sending(sending) = &self.migration {
             tracing::info!(
                 ?reason,
@@ -403,7 +411,7 @@ impl Control {
                 tracing::error!(reason, "the guest cannot go on; it is switched off");
                 self.off()
             }
-            ExitReason::DeviceLost { .. } => false,
+            ExitReason::DeviceLost { .. } | ExitReason::DeviceWanted { .. } => false,
         }
     }
 

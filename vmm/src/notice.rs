@@ -16,6 +16,11 @@ pub enum ExitReason {
     PowerOff,
     /// A vCPU cannot go on.
     Failed(String),
+    /// The host wants a device back.
+    DeviceWanted {
+        /// Which device.
+        id: String,
+    },
     /// A device is gone.
     DeviceLost {
         /// Which device.

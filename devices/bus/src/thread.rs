@@ -31,6 +31,8 @@ pub enum ThreadKind {
     Serial,
     /// Reads messages of a vfio-user server.
     VfioUser,
+    /// Waits for news of a device of the host.
+    DeviceNews,
     /// Serves a device to the client of a vfio-user socket.
     VfioServer,
     /// Handles process signals.

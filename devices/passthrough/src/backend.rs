@@ -1,13 +1,16 @@
 //! The seam to whatever has the device.
 //!
 //! The operations are VFIO's, so the types are those of the `vfio-user` crate, which mirror the
-//! kernel's structures. Behind the seam is a vfio-user server ([`crate::VfioUserBackend`]), later
-//! the kernel's VFIO, and in unit tests a fake.
+//! kernel's structures. Behind the seam is a vfio-user server ([`crate::VfioUserBackend`]), the
+//! kernel's VFIO ([`crate::KernelVfioBackend`]), and in unit tests a fake.
 
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
+use vfio_user::wire::PCI_MSIX_IRQ;
 use vfio_user::{DeviceInfo, DeviceState, IoEventFd, MigrationFlags, PrecopyInfo, RegionInfo};
-use vm_migration::{IovaRange, PageSize, RamRegion};
+use vm_migration::memory::GuestRegion;
+use vm_migration::{Gpa, IovaBitmap, IovaRange, PageSize, RamRegion};
 
 /// Why a device did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +18,14 @@ pub enum BackendError {
     /// Whoever has the device is dead, hangs or talks nonsense; nothing will work any more.
     #[error("the device is gone")]
     Gone(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Guest memory is private to this process, and the device is in another one.
+    #[error(
+        "guest memory at {gpa} cannot be shared with the device: start with --memory shared=on"
+    )]
+    NotShared {
+        /// Where the private memory is.
+        gpa: Gpa,
+    },
     /// It refused; the rest goes on working.
     #[error("the device failed to {operation}")]
     Failed {
@@ -33,6 +44,51 @@ impl BackendError {
     }
 }
 
+/// `VFIO_PCI_MSI_IRQ_INDEX`.
+const MSI_IRQ: u32 = 1;
+
+/// A way in which a PCI device interrupts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum IrqKind {
+    /// Message-signalled, by registers of a capability.
+    Msi,
+    /// Message-signalled, from a table in a BAR.
+    Msix,
+}
+
+impl IrqKind {
+    /// Its number (`VFIO_PCI_*_IRQ_INDEX`).
+    pub const fn index(self) -> u32 {
+        match self {
+            Self::Msi => MSI_IRQ,
+            Self::Msix => PCI_MSIX_IRQ,
+        }
+    }
+}
+
+/// A log of DMA that several devices share, of all that is mapped for them.
+pub trait SharedLog: Send + Sync {
+    /// The page size of its reports.
+    fn page_size(&self) -> PageSize;
+    /// Bytes of the largest mapped region it can report.
+    fn max_region(&self) -> u64;
+    /// Starts it.
+    ///
+    /// # Errors
+    /// [`BackendError`].
+    fn start(&self) -> Result<(), BackendError>;
+    /// Stops it; no error if it does not run.
+    ///
+    /// # Errors
+    /// [`BackendError`].
+    fn stop(&self) -> Result<(), BackendError>;
+    /// As [`Backend::report_log`].
+    ///
+    /// # Errors
+    /// [`BackendError`].
+    fn report(&self, bitmap: &mut IovaBitmap) -> Result<(), BackendError>;
+}
+
 /// A device and the ways to it. Calls come from any thread and end in bounded time.
 pub trait Backend: Send + Sync {
     /// What it is.
@@ -46,10 +102,12 @@ pub trait Backend: Send + Sync {
     fn region_read(&self, region: u32, offset: u64, data: &mut [u8]) -> Result<(), BackendError>;
     /// Writes a region.
     fn region_write(&self, region: u32, offset: u64, data: &[u8]) -> Result<(), BackendError>;
-    /// Has MSI-X vector n signal `eventfds[n]`.
-    fn set_msix(&self, eventfds: &[BorrowedFd<'_>]) -> Result<(), BackendError>;
-    /// Lets the device access guest RAM, which lies at `offset` of `file`. IOVA is GPA.
-    fn map(&self, ram: RamRegion, file: BorrowedFd<'_>, offset: u64) -> Result<(), BackendError>;
+    /// Switches interrupts of a kind on, the n-th signalling `eventfds[n]`. At most one kind is on.
+    fn enable_irqs(&self, kind: IrqKind, eventfds: &[BorrowedFd<'_>]) -> Result<(), BackendError>;
+    /// Switches them off again.
+    fn disable_irqs(&self, kind: IrqKind) -> Result<(), BackendError>;
+    /// Lets the device access a region of guest RAM. IOVA is GPA.
+    fn map(&self, region: &GuestRegion) -> Result<(), BackendError>;
     /// Takes that access away: on return the device makes none.
     fn unmap(&self, ram: RamRegion) -> Result<(), BackendError>;
     /// Resets the device; its migration state is RUNNING then.
@@ -72,7 +130,8 @@ pub trait Backend: Send + Sync {
     fn read_data(&self, data: &mut [u8]) -> Result<usize, BackendError>;
     /// Writes all of `data` to a resuming device.
     fn write_data(&self, data: &[u8]) -> Result<(), BackendError>;
-    /// Whether it logs the pages it writes.
+    /// Whether it logs the pages it writes. To find out a log may be started and stopped: not to
+    /// be asked while one runs.
     fn can_log(&self) -> Result<bool, BackendError>;
     /// Most ranges that [`start_log`](Self::start_log) takes.
     fn max_log_ranges(&self) -> usize;
@@ -80,12 +139,9 @@ pub trait Backend: Send + Sync {
     fn start_log(&self, page: PageSize, ranges: &[IovaRange]) -> Result<PageSize, BackendError>;
     /// Stops the log; no error if there is none.
     fn stop_log(&self) -> Result<(), BackendError>;
-    /// ORs the pages of one mapped region written since the last report into `words` (bit n for
-    /// page n, all words of the region's pages) and forgets them.
-    fn report_log(
-        &self,
-        region: IovaRange,
-        page: PageSize,
-        words: &mut [u64],
-    ) -> Result<(), BackendError>;
+    /// ORs into `bitmap`, which is of one mapped region at the page size the device chose, the pages
+    /// written since the last report, and forgets them.
+    fn report_log(&self, bitmap: &mut IovaBitmap) -> Result<(), BackendError>;
+    /// The log that it shares with other devices, if there is one; the same for all of them.
+    fn shared_log(&self) -> Option<Arc<dyn SharedLog>>;
 }

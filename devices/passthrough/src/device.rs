@@ -1,28 +1,26 @@
 //! The function as bus, VMM and migration see it.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use devices::MsiFabric;
 use parking_lot::Mutex;
-use pci::config::offset;
+use pci::config::{command, offset};
 use pci::{BarInfo, Doorbell, PciDevice};
 use vfio_user::wire::PCI_CONFIG_REGION;
-use vfio_user::{IoEventFd, MigrationFlags, RegionMapping};
+use vfio_user::{IoEventFd, MigrationFlags};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vm_migration::memory::GuestMemory;
-use vm_migration::{Gpa, RamRegion, StateError, Translated};
+use vm_migration::{ErrorChain, Gpa, RamRegion, StateError};
 
-use crate::backend::{Backend, BackendError};
-use crate::dirty::PassthroughDirty;
+use crate::areas::{MappableArea, mappable};
+use crate::backend::{Backend, BackendError, SharedLog};
 use crate::front::{Front, FrontError, Layout, MsixLayout};
+use crate::irqs::Irqs;
 use crate::profile::DeviceProfile;
+use crate::rung::{DirtyRung, FoundLog};
 use crate::sink::PassthroughSink;
 use crate::source::PassthroughSource;
-
-/// Page size of mappings of BARs into the guest.
-const PAGE: u64 = 4096;
 
 /// Why a device cannot be passed through.
 #[derive(Debug, thiserror::Error)]
@@ -35,16 +33,6 @@ pub enum PassthroughError {
         /// Why.
         #[source]
         cause: FrontError,
-    },
-    /// Guest memory is not in files that can be given to the device.
-    #[error(
-        "{id}: guest memory at {gpa} cannot be shared with the device: start with --memory shared=on"
-    )]
-    NotShared {
-        /// Identifier of the device.
-        id: String,
-        /// Where the private memory is.
-        gpa: Gpa,
     },
     /// The device failed.
     #[error("{id}: {operation} failed")]
@@ -59,21 +47,6 @@ pub enum PassthroughError {
     },
 }
 
-/// A part of a BAR that may be mapped into the guest: accesses then cause no exit.
-#[derive(Clone, Debug)]
-pub struct MappableArea {
-    /// BAR index.
-    pub bar: u8,
-    /// Offset in the BAR in bytes.
-    pub offset: u64,
-    /// Bytes.
-    pub len: u64,
-    /// The file to map.
-    pub file: Arc<OwnedFd>,
-    /// Offset in the file of the area's first byte.
-    pub file_offset: u64,
-}
-
 pub(crate) struct Inner {
     pub(crate) id: String,
     pub(crate) backend: Arc<dyn Backend>,
@@ -81,10 +54,13 @@ pub(crate) struct Inner {
     /// Never held across a call of the backend but where the guest stands still.
     pub(crate) front: Mutex<Front>,
     layout: Layout,
+    irqs: Irqs,
     doorbells: Vec<Doorbell>,
     areas: Vec<MappableArea>,
     mapped: Mutex<Vec<RamRegion>>,
     gone: AtomicBool,
+    /// Whether the device logs what it writes, once it was asked.
+    logs: OnceLock<bool>,
 }
 
 /// A device passed through to the guest; clones are handles on the same one.
@@ -111,10 +87,18 @@ impl Passthrough {
                 cause,
             }
         };
+        // Its registers answer only while it decodes memory.
+        backend
+            .region_write(
+                PCI_CONFIG_REGION,
+                u64::from(offset::COMMAND),
+                &command::MEMORY.to_le_bytes(),
+            )
+            .map_err(failed("having it decode memory"))?;
         let migration = backend
             .migration()
             .map_err(failed("asking for migration"))?;
-        let (front, layout) =
+        let (front, layout, irqs) =
             Front::new(&*backend, fabric).map_err(|cause| PassthroughError::Front {
                 id: id.to_owned(),
                 cause,
@@ -131,7 +115,8 @@ impl Passthrough {
                 areas.extend(mappable(bar.index, mapping, layout.msix.as_ref()));
             }
         }
-        let vectors = layout.msix.as_ref().map_or(0, |msix| msix.vectors);
+        let msi = layout.msi.map_or(0, |msi| msi.vectors);
+        let vectors = layout.msix.as_ref().map_or(msi, |msix| msix.vectors);
         let profile = DeviceProfile::read(&*backend, &front.config, vectors, migration)
             .map_err(failed("describing it for a migration"))?;
         Ok(Self {
@@ -141,10 +126,12 @@ impl Passthrough {
                 profile,
                 front: Mutex::new(front),
                 layout,
+                irqs,
                 doorbells,
                 areas,
                 mapped: Mutex::default(),
                 gone: AtomicBool::new(false),
+                logs: OnceLock::new(),
             }),
         })
     }
@@ -152,26 +139,18 @@ impl Passthrough {
     /// Lets the device access all of guest memory.
     ///
     /// # Errors
-    /// [`PassthroughError::NotShared`] if some of it is private to this process; the device's.
+    /// [`BackendError::NotShared`] if some of it is private to this process and the device is in
+    /// another; the device's.
     pub fn map_memory(&self, memory: &GuestMemory) -> Result<(), PassthroughError> {
         for region in memory.iter() {
-            let gpa = Gpa(region.start_addr().0);
-            let file = region
-                .file_offset()
-                .ok_or_else(|| PassthroughError::NotShared {
-                    id: self.inner.id.clone(),
-                    gpa,
-                })?;
-            let ram = RamRegion {
-                gpa,
-                len: region.len(),
-            };
-            let fd: BorrowedFd<'_> = file.file().as_fd();
             self.inner
                 .backend
-                .map(ram, fd, file.start())
+                .map(region)
                 .map_err(|cause| self.failed("mapping guest memory", cause))?;
-            self.inner.mapped.lock().push(ram);
+            self.inner.mapped.lock().push(RamRegion {
+                gpa: Gpa(region.start_addr().0),
+                len: region.len(),
+            });
         }
         Ok(())
     }
@@ -199,9 +178,9 @@ impl Passthrough {
     /// # Errors
     /// The device's.
     pub fn reset(&self) -> Result<(), PassthroughError> {
-        let reset = self.inner.backend.reset();
-        self.inner.front.lock().reset();
-        reset.map_err(|cause| self.failed("reset", cause))
+        self.inner
+            .reset()
+            .map_err(|cause| self.failed("reset", cause))
     }
 
     /// Identifier in the VM's configuration.
@@ -219,21 +198,35 @@ impl Passthrough {
         &self.inner.areas
     }
 
-    /// The pages the device writes, as a source for a migration.
+    /// Where a migration can learn which pages the device writes; `consent`: it may be nowhere.
     ///
     /// # Errors
-    /// [`StateError::Unsupported`] if the device does not log them.
-    pub fn dirty_source(&self) -> Result<Translated<PassthroughDirty>, StateError> {
-        let can = self.inner.backend.can_log();
-        match can.map_err(|cause| self.inner.failed("asking for its dirty log", cause))? {
-            true => {
-                let log = PassthroughDirty::new(Arc::clone(&self.inner));
-                Ok(Translated::identity(log))
-            }
+    /// [`StateError::Unsupported`] if there is nothing and no consent; the device's.
+    pub fn dirty_rung(&self, consent: bool) -> Result<DirtyRung, StateError> {
+        Ok(self.find_log(consent)?.rung())
+    }
+
+    pub(crate) fn find_log(&self, consent: bool) -> Result<FoundLog, StateError> {
+        let inner = &self.inner;
+        if inner.logs()? {
+            return Ok(FoundLog::Device);
+        }
+        let fits = |log: &Arc<dyn SharedLog>| {
+            let mut mapped = inner.mapped().into_iter();
+            mapped.all(|ram| ram.len <= log.max_region())
+        };
+        if let Some(log) = inner.backend.shared_log().filter(fits) {
+            return Ok(FoundLog::Container(log));
+        }
+        match consent {
+            true => Ok(FoundLog::Nowhere),
             false => Err(StateError::Unsupported {
-                id: self.inner.id.clone(),
+                id: inner.id.clone(),
                 operation: "logging the pages the device writes",
-                remedy: "unplug the device before the migration".to_owned(),
+                remedy: "unplug the device before the migration; or consent with dirty=all (a \
+                         device of this host) to all memory being copied while the guest stands \
+                         still"
+                    .to_owned(),
             }),
         }
     }
@@ -274,6 +267,17 @@ impl Inner {
         }
     }
 
+    /// Whether it logs what it writes. Asked once: to find out may take a log, which must not be
+    /// one of a migration.
+    fn logs(&self) -> Result<bool, StateError> {
+        if let Some(known) = self.logs.get() {
+            return Ok(*known);
+        }
+        let told = self.backend.can_log();
+        let told = told.map_err(|cause| self.failed("asking for its dirty log", cause))?;
+        Ok(*self.logs.get_or_init(|| told))
+    }
+
     pub(crate) fn flags(&self) -> Result<MigrationFlags, StateError> {
         self.profile
             .migration
@@ -298,6 +302,43 @@ impl Inner {
     #[cfg(test)]
     pub(crate) fn map_for_test(&self, ram: RamRegion) {
         self.mapped.lock().push(ram);
+    }
+
+    /// Resets the device and what the VMM keeps of it.
+    pub(crate) fn reset(&self) -> Result<(), BackendError> {
+        self.front.lock().reset();
+        // A device that is reset under interrupts that are set up may raise one into nothing.
+        let silent = self.silence();
+        self.backend.reset()?;
+        // A reset that the device does not have leaves it as bus master.
+        self.send_command();
+        silent
+    }
+
+    /// Has the device raise no interrupts.
+    pub(crate) fn silence(&self) -> Result<(), BackendError> {
+        self.irqs.follow(&*self.backend, None)
+    }
+
+    /// Has the device interrupt as the front says.
+    pub(crate) fn follow_irqs(&self) -> Result<(), BackendError> {
+        let wanted = self.front.lock().wanted_irqs();
+        self.irqs.follow(&*self.backend, wanted)
+    }
+
+    /// The same after a write of the guest's, which has no way to fail.
+    fn follow_irqs_or_log(&self) {
+        if !self.is_gone()
+            && let Err(error) = self.follow_irqs()
+        {
+            self.note(&error);
+            let error = ErrorChain(&error).to_string();
+            tracing::error!(
+                device = self.id,
+                error,
+                "the guest gets no interrupts of it"
+            );
+        }
     }
 
     /// Notes and logs once that the device is gone.
@@ -352,7 +393,7 @@ impl Inner {
         if any {
             let mut ours = [0; 8];
             let ours = ours.get_mut(..data.len()).unwrap_or_default();
-            self.front.lock().config.read(at, ours);
+            self.front.lock().read_config(at, ours);
             for ((index, byte), mine) in (usize::from(at)..).zip(data.iter_mut()).zip(ours) {
                 if self.layout.emulated.has(index) {
                     *byte = *mine;
@@ -365,7 +406,7 @@ impl Inner {
         {
             let mut front = self.front.lock();
             front.config.write(at, data);
-            front.follow_msix_control();
+            front.follow_registers();
         }
         // The command register and the MSI-X enable bit are the device's business too.
         if touches(at, data, offset::COMMAND, 2) {
@@ -375,6 +416,12 @@ impl Inner {
             && touches(at, data, msix.capability.saturating_add(2), 2)
         {
             self.send_msix_control(msix);
+            self.follow_irqs_or_log();
+        }
+        if let Some(msi) = self.layout.msi
+            && touches(at, data, msi.capability, msi.len.into())
+        {
+            self.follow_irqs_or_log();
         }
         for (index, byte) in (at..).zip(data) {
             if !self.layout.emulated.has(usize::from(index)) {
@@ -397,21 +444,6 @@ impl Inner {
         let at = msix.capability.saturating_add(2);
         let control = self.front.lock().config.u16(at).to_le_bytes();
         self.device_write(PCI_CONFIG_REGION, u64::from(at), &control);
-    }
-
-    /// Gives the device the eventfds of its interrupts, again.
-    pub(crate) fn send_eventfds(&self) -> Result<(), BackendError> {
-        let lines: Vec<_> = match &self.front.lock().msix {
-            Some(msix) => (0..msix.vectors())
-                .filter_map(|vector| msix.line(vector).cloned())
-                .collect(),
-            None => return Ok(()),
-        };
-        let eventfds: Vec<_> = lines
-            .iter()
-            .map(|line| crate::fd::borrow(line.eventfd()))
-            .collect();
-        self.backend.set_msix(&eventfds)
     }
 
     /// Makes the device agree with a front that was restored.
@@ -438,45 +470,6 @@ fn doorbell(bar: u8, event: IoEventFd) -> Doorbell {
         datamatch: event.datamatch,
         eventfd: crate::fd::into_event(event.fd),
     }
-}
-
-/// What of `bar` the guest may reach without an exit.
-fn mappable(bar: u8, mapping: RegionMapping, msix: Option<&MsixLayout>) -> Vec<MappableArea> {
-    let file = Arc::new(mapping.fd);
-    // The sums do not wrap: the client has checked areas and offset against each other.
-    let spans = mapping.areas.into_iter().flat_map(|area| {
-        let span = (area.offset, area.offset + area.size);
-        without_msix(bar, span, msix)
-    });
-    spans
-        .map(|(start, end)| MappableArea {
-            bar,
-            offset: start,
-            len: end - start,
-            file: Arc::clone(&file),
-            file_offset: mapping.offset + start,
-        })
-        .collect()
-}
-
-/// The parts of `span` in `bar` whose pages hold no MSI-X structure: those must be trapped.
-fn without_msix(bar: u8, span: (u64, u64), msix: Option<&MsixLayout>) -> Vec<(u64, u64)> {
-    let mut spans = vec![span];
-    for place in msix.into_iter().flat_map(|msix| [msix.table, msix.pending]) {
-        if place.bar != bar {
-            continue;
-        }
-        let hole = (
-            place.offset / PAGE * PAGE,
-            (place.offset + place.len).next_multiple_of(PAGE),
-        );
-        spans = spans
-            .into_iter()
-            .flat_map(|(start, end)| [(start, end.min(hole.0)), (start.max(hole.1), end)])
-            .filter(|(start, end)| start < end)
-            .collect();
-    }
-    spans
 }
 
 impl PciDevice for Passthrough {

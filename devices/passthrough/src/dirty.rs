@@ -1,16 +1,18 @@
-//! The device's dirty log, by the addresses that the device uses.
+//! The device's dirty log, or its container's, by the addresses that the device uses.
 //!
 //! All of guest memory is mapped for the device where the guest sees it, so its IOVAs are GPAs:
-//! [`Translated::identity`](vm_migration::Translated::identity) makes the log a source for the
-//! migration loop.
+//! [`Translated::identity`] makes the log a source for the migration loop.
 
 use std::sync::Arc;
 
 use vm_migration::{
-    AfterUnmap, DirtyError, Iova, IovaBitmap, IovaLog, IovaRange, PageSize, Precision, Reported,
+    AfterUnmap, DirtyError, DirtySource, Iova, IovaBitmap, IovaLog, IovaRange, PageSize, Precision,
+    Reported, StateError, Translated,
 };
 
-use crate::device::Inner;
+use crate::backend::SharedLog;
+use crate::device::Passthrough;
+use crate::rung::{DmaLog, EverythingDirty, FoundLog, OfContainer};
 
 /// What a log is in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,7 +40,7 @@ struct Piece {
 /// The log is asked region by region as they are mapped, because some servers know no other
 /// pieces. An error of any report holds until the log is started anew: it never reads as clean.
 pub struct PassthroughDirty {
-    inner: Arc<Inner>,
+    log_of: Arc<dyn DmaLog>,
     page: PageSize,
     log: Log,
     /// The mapped regions at the start, in rising order.
@@ -46,9 +48,9 @@ pub struct PassthroughDirty {
 }
 
 impl PassthroughDirty {
-    pub(crate) const fn new(inner: Arc<Inner>) -> Self {
+    pub(crate) fn new(log_of: Arc<dyn DmaLog>) -> Self {
         Self {
-            inner,
+            log_of,
             page: PageSize::SIZE_4K,
             log: Log::Off,
             pieces: Vec::new(),
@@ -60,11 +62,11 @@ impl PassthroughDirty {
         operation: &'static str,
         cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> DirtyError {
-        DirtyError::backend(&self.inner.id, operation, cause)
+        DirtyError::backend(self.log_of.id(), operation, cause)
     }
 
     fn not_tracked(&self, range: IovaRange) -> DirtyError {
-        DirtyError::not_tracked(&self.inner.id, range)
+        DirtyError::not_tracked(self.log_of.id(), range)
     }
 
     /// Gives out what of `window` is in the region of number `index`, asking the device unless it
@@ -78,15 +80,10 @@ impl PassthroughDirty {
         let Some(piece) = self.pieces.get_mut(index) else {
             return Ok(0);
         };
-        if piece.next != Some(window.first()) {
-            let words = piece.kept.words_mut();
-            let asked = self
-                .inner
-                .backend
-                .report_log(piece.region, self.page, words);
-            if let Err(cause) = asked {
-                return Err(self.failed("report", cause));
-            }
+        if piece.next != Some(window.first())
+            && let Err(cause) = self.log_of.report(&mut piece.kept)
+        {
+            return Err(self.failed("report", cause));
         }
         let named = piece.kept.take_into(bitmap);
         if piece.region.last() <= window.last() {
@@ -101,11 +98,10 @@ impl PassthroughDirty {
 
     /// Starts the device's log and makes room for its reports of `regions`.
     fn begin(&mut self, ranges: &[IovaRange], regions: Vec<IovaRange>) -> Result<(), DirtyError> {
-        let merged = merge_nearest(ranges.to_vec(), self.inner.backend.max_log_ranges());
+        let merged = merge_nearest(ranges.to_vec(), self.log_of.max_ranges());
         let chosen = self
-            .inner
-            .backend
-            .start_log(PageSize::SIZE_4K, &merged)
+            .log_of
+            .start(&merged)
             .map_err(|cause| self.failed("start", cause))?;
         // Reports are of 4 KiB pages at least.
         self.page = chosen.max(PageSize::SIZE_4K);
@@ -159,7 +155,7 @@ impl PassthroughDirty {
 
 impl IovaLog for PassthroughDirty {
     fn id(&self) -> &str {
-        &self.inner.id
+        self.log_of.id()
     }
 
     fn granularity(&self) -> PageSize {
@@ -167,7 +163,7 @@ impl IovaLog for PassthroughDirty {
     }
 
     fn precision(&self) -> Precision {
-        Precision::Exact
+        self.log_of.precision()
     }
 
     fn after_unmap(&self) -> AfterUnmap {
@@ -177,7 +173,7 @@ impl IovaLog for PassthroughDirty {
 
     fn start(&mut self, ranges: &[IovaRange]) -> Result<(), DirtyError> {
         let mut regions: Vec<IovaRange> = self
-            .inner
+            .log_of
             .mapped()
             .iter()
             .filter_map(|ram| IovaRange::new(Iova(ram.gpa.0), ram.len))
@@ -200,8 +196,8 @@ impl IovaLog for PassthroughDirty {
             }
             Err(error) => {
                 // It may have started all the same, its answer lost, and would refuse the next start.
-                if let Err(error) = self.inner.backend.stop_log() {
-                    let device = &self.inner.id;
+                if let Err(error) = self.log_of.stop() {
+                    let device = self.log_of.id();
                     let error = vm_migration::ErrorChain(&error).to_string();
                     tracing::debug!(device, error, "dirty log that did not start is not stopped");
                 }
@@ -232,9 +228,46 @@ impl IovaLog for PassthroughDirty {
             return Ok(());
         }
         self.log = Log::Off;
-        let stopped = self.inner.backend.stop_log();
+        let stopped = self.log_of.stop();
         stopped.map_err(|cause| self.failed("stop", cause))
     }
+}
+
+/// The sources of what these devices write, by the rung of each; with each device goes whether
+/// there is consent to the last rung. Devices that share a log share a source.
+///
+/// # Errors
+/// As [`Passthrough::dirty_rung`].
+pub fn dirty_sources<'a>(
+    devices: impl IntoIterator<Item = (&'a Passthrough, bool)>,
+) -> Result<Vec<Box<dyn DirtySource>>, StateError> {
+    let mut sources: Vec<Box<dyn DirtySource>> = Vec::new();
+    let mut shared: Vec<Arc<dyn SharedLog>> = Vec::new();
+    for (device, consent) in devices {
+        let inner = Arc::clone(&device.inner);
+        match device.find_log(consent)? {
+            FoundLog::Device => sources.push(source(inner)),
+            FoundLog::Nowhere => sources.push(Box::new(EverythingDirty::new(inner))),
+            FoundLog::Container(log) => {
+                if !shared.iter().any(|known| same(known, &log)) {
+                    let of = OfContainer::new(inner, Arc::clone(&log));
+                    sources.push(source(Arc::new(of)));
+                    shared.push(log);
+                }
+            }
+        }
+    }
+    Ok(sources)
+}
+
+/// A log as a source: it goes by GPAs already.
+fn source(log: Arc<dyn DmaLog>) -> Box<dyn DirtySource> {
+    Box::new(Translated::identity(PassthroughDirty::new(log)))
+}
+
+/// Whether two handles are on the same log.
+fn same(one: &Arc<dyn SharedLog>, other: &Arc<dyn SharedLog>) -> bool {
+    std::ptr::addr_eq(Arc::as_ptr(one), Arc::as_ptr(other))
 }
 
 /// Merges sorted ranges over the smallest gaps until there are at most `most`.

@@ -12,10 +12,12 @@ use vfio_user::{
     Area, DeviceFlags, DeviceInfo, DeviceState, IoEventFd, Machine, MigrationFlags, PrecopyInfo,
     RegionFlags, RegionInfo, RegionMapping, StateArc,
 };
-use vm_migration::{IovaRange, PageSize, RamRegion};
+use vm_memory::GuestMemoryRegion;
+use vm_migration::memory::GuestRegion;
+use vm_migration::{Gpa, Iova, IovaBitmap, IovaRange, PageSize, RamRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::backend::{Backend, BackendError};
+use crate::backend::{Backend, BackendError, IrqKind, SharedLog};
 use crate::device::Passthrough;
 
 pub(crate) const VENDOR: u16 = 0x1af4;
@@ -52,7 +54,10 @@ pub(crate) struct Seen {
     pub(crate) dirty: Vec<u64>,
     pub(crate) reports: Vec<IovaRange>,
     pub(crate) log_page: PageSize,
-    pub(crate) irqs: usize,
+    /// It has no log of its own.
+    pub(crate) no_log: bool,
+    pub(crate) shared: Option<Arc<FakeShared>>,
+    pub(crate) irqs: Option<(IrqKind, usize)>,
     pub(crate) size: Option<u64>,
     pub(crate) precopy_info: Option<PrecopyInfo>,
     /// The device's name in a list of what several devices did, and the list.
@@ -124,7 +129,9 @@ impl FakeBackend {
                 dirty: Vec::new(),
                 reports: Vec::new(),
                 log_page: PageSize::SIZE_4K,
-                irqs: 0,
+                no_log: false,
+                shared: None,
+                irqs: None,
                 size: Some(1000),
             }),
         })
@@ -222,13 +229,29 @@ impl Backend for FakeBackend {
         Ok(())
     }
 
-    fn set_msix(&self, eventfds: &[BorrowedFd<'_>]) -> Result<(), BackendError> {
-        self.seen.lock().irqs = eventfds.len();
+    fn enable_irqs(&self, kind: IrqKind, eventfds: &[BorrowedFd<'_>]) -> Result<(), BackendError> {
+        self.alive()?;
+        self.seen.lock().irqs = Some((kind, eventfds.len()));
         Ok(())
     }
 
-    fn map(&self, ram: RamRegion, _file: BorrowedFd<'_>, offset: u64) -> Result<(), BackendError> {
-        self.seen.lock().mapped.push((ram, offset));
+    fn disable_irqs(&self, kind: IrqKind) -> Result<(), BackendError> {
+        self.alive()?;
+        let was = self.seen.lock().irqs.take();
+        match was {
+            Some((on, _)) if on == kind => Ok(()),
+            _ => refused("switch interrupts off that are not on"),
+        }
+    }
+
+    fn map(&self, region: &GuestRegion) -> Result<(), BackendError> {
+        let ram = RamRegion {
+            gpa: Gpa(region.start_addr().0),
+            len: region.len(),
+        };
+        let file = region.file_offset();
+        let file = file.ok_or(BackendError::NotShared { gpa: ram.gpa })?;
+        self.seen.lock().mapped.push((ram, file.start()));
         Ok(())
     }
 
@@ -336,7 +359,7 @@ impl Backend for FakeBackend {
     }
 
     fn can_log(&self) -> Result<bool, BackendError> {
-        Ok(self.flags.is_some())
+        Ok(self.flags.is_some() && !self.seen.lock().no_log)
     }
 
     fn max_log_ranges(&self) -> usize {
@@ -364,13 +387,10 @@ impl Backend for FakeBackend {
         Ok(())
     }
 
-    fn report_log(
-        &self,
-        region: IovaRange,
-        page: PageSize,
-        words: &mut [u64],
-    ) -> Result<(), BackendError> {
+    fn report_log(&self, bitmap: &mut IovaBitmap) -> Result<(), BackendError> {
         self.alive()?;
+        let (region, page) = (bitmap.range(), bitmap.page_size());
+        let words = bitmap.words_mut();
         let mut seen = self.seen.lock();
         let due = seen.fail_report == Some(0);
         seen.fail_report = seen.fail_report.and_then(|left| left.checked_sub(1));
@@ -387,6 +407,54 @@ impl Backend for FakeBackend {
             }
             !inside
         });
+        Ok(())
+    }
+
+    fn shared_log(&self) -> Option<Arc<dyn SharedLog>> {
+        self.seen.lock().shared.clone().map(|log| log as _)
+    }
+}
+
+/// A log that devices share.
+pub(crate) struct FakeShared {
+    max_region: u64,
+    pub(crate) on: Mutex<bool>,
+    pub(crate) dirty: Mutex<Vec<u64>>,
+}
+
+impl FakeShared {
+    pub(crate) fn new(max_region: u64) -> Arc<Self> {
+        Arc::new(Self {
+            max_region,
+            on: Mutex::new(false),
+            dirty: Mutex::default(),
+        })
+    }
+}
+
+impl SharedLog for FakeShared {
+    fn page_size(&self) -> PageSize {
+        PageSize::SIZE_4K
+    }
+
+    fn max_region(&self) -> u64 {
+        self.max_region
+    }
+
+    fn start(&self) -> Result<(), BackendError> {
+        *self.on.lock() = true;
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<(), BackendError> {
+        *self.on.lock() = false;
+        Ok(())
+    }
+
+    fn report(&self, bitmap: &mut IovaBitmap) -> Result<(), BackendError> {
+        for at in self.dirty.lock().drain(..) {
+            bitmap.set(Iova(at), 1);
+        }
         Ok(())
     }
 }

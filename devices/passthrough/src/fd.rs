@@ -20,3 +20,11 @@ pub(crate) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the EventFd keeps its descriptor open for the lifetime of the borrow.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
+
+/// A descriptor of our own for an open one of this number.
+#[cfg(test)]
+pub(crate) fn duplicate_for_test(number: i32) -> EventFd {
+    // SAFETY: the test has just seen the number, and its owner lives on.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(number) };
+    into_event(borrowed.try_clone_to_owned().unwrap())
+}

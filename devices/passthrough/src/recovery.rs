@@ -67,11 +67,13 @@ impl Inner {
         })
     }
 
-    /// Resets the device and sets it up as the front says: its interrupts' eventfds, command
-    /// register and MSI-X control. Mappings of memory outlast a reset.
+    /// Resets the device and sets it up as the front says: its interrupts, command register and
+    /// MSI-X control. Mappings of memory outlast a reset.
     fn start_over(&self, home: DeviceState) -> Result<(), BackendError> {
         self.backend.reset()?;
-        self.send_eventfds()?;
+        // Whether interrupts outlast a reset is the device's affair.
+        self.silence()?;
+        self.follow_irqs()?;
         self.send_front();
         match home {
             DeviceState::Running => Ok(()),

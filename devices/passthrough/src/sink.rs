@@ -68,11 +68,15 @@ impl PassthroughSink {
         let front = parser.finish().map_err(|error| self.bad(error))?;
         let front: FrontState = postcard::from_bytes(&front)
             .map_err(|error| self.bad(format!("its PCI front is malformed: {error}")))?;
+        let restored = self.inner.front.lock().restore(&front);
+        restored.map_err(|reason| self.bad(reason))?;
+        // An interrupt that waits in the state finds somebody to signal.
+        self.inner
+            .follow_irqs()
+            .map_err(|cause| self.inner.failed("taking its interrupts", cause))?;
         // The device checks and takes what it was given.
         self.inner
             .change_state(DeviceState::Stop, "loading its state")?;
-        let restored = self.inner.front.lock().restore(&front);
-        restored.map_err(|reason| self.bad(reason))?;
         self.inner.send_front();
         Ok(())
     }
@@ -157,8 +161,7 @@ impl StateSink for PassthroughSink {
             Phase::Idle => Ok(()),
             // RESUMING has no way out but a reset.
             Phase::Loading(_) | Phase::Loaded | Phase::Running | Phase::Failed => {
-                let reset = self.inner.backend.reset();
-                self.inner.front.lock().reset();
+                let reset = self.inner.reset();
                 reset.map_err(|cause| self.inner.failed("resetting it", cause))
             }
         }

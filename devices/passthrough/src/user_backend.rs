@@ -1,22 +1,22 @@
 //! The backend over a vfio-user server.
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 
 use devices::{ThreadKind, ThreadSpawner};
 use vfio_user::client::FeatureOperation;
-use vfio_user::wire::{MAX_LOG_RANGES, PCI_MSIX_IRQ};
+use vfio_user::wire::MAX_LOG_RANGES;
 use vfio_user::{
     Area, Client, ClientConfig, ClientError, DeviceInfo, DeviceState, DmaFlags, DmaHandler, Errno,
     Feature, IoEventFd, MigrationFlags, PrecopyInfo, RegionInfo,
 };
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
-use vm_migration::memory::MemoryHandle;
-use vm_migration::{ErrorChain, IovaRange, PageSize, RamRegion};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryRegion};
+use vm_migration::memory::{GuestRegion, MemoryHandle};
+use vm_migration::{ErrorChain, Gpa, IovaBitmap, IovaRange, PageSize, RamRegion};
 
-use crate::backend::{Backend, BackendError};
+use crate::backend::{Backend, BackendError, IrqKind, SharedLog};
 
 /// Told once when the device is gone, on the connection's thread; must not call the device.
 pub type GoneCallback = Box<dyn FnOnce(&BackendError) + Send>;
@@ -127,15 +127,23 @@ impl Backend for VfioUserBackend {
         result.map_err(failed("write a region"))
     }
 
-    fn set_msix(&self, eventfds: &[BorrowedFd<'_>]) -> Result<(), BackendError> {
-        let result = self.client.set_irq_eventfds(PCI_MSIX_IRQ, 0, eventfds);
+    fn enable_irqs(&self, kind: IrqKind, eventfds: &[BorrowedFd<'_>]) -> Result<(), BackendError> {
+        let result = self.client.set_irq_eventfds(kind.index(), 0, eventfds);
         result.map_err(failed("take its interrupt eventfds"))
     }
 
-    fn map(&self, ram: RamRegion, file: BorrowedFd<'_>, offset: u64) -> Result<(), BackendError> {
+    fn disable_irqs(&self, kind: IrqKind) -> Result<(), BackendError> {
+        let result = self.client.clear_irqs(kind.index());
+        result.map_err(failed("switch its interrupts off"))
+    }
+
+    fn map(&self, region: &GuestRegion) -> Result<(), BackendError> {
+        let gpa = Gpa(region.start_addr().0);
+        let file = region.file_offset();
+        let file = file.ok_or(BackendError::NotShared { gpa })?;
         let flags = DmaFlags::READ | DmaFlags::WRITE;
-        let file = Some((file, offset));
-        let result = self.client.dma_map(ram.gpa.0, ram.len, flags, file);
+        let place = Some((file.file().as_fd(), file.start()));
+        let result = self.client.dma_map(gpa.0, region.len(), flags, place);
         result.map_err(failed("map guest memory"))
     }
 
@@ -232,21 +240,21 @@ impl Backend for VfioUserBackend {
         result.map_err(failed("stop its dirty log"))
     }
 
-    fn report_log(
-        &self,
-        region: IovaRange,
-        page: PageSize,
-        words: &mut [u64],
-    ) -> Result<(), BackendError> {
+    fn report_log(&self, bitmap: &mut IovaBitmap) -> Result<(), BackendError> {
         let operation = "report its dirty log";
-        let len = region.len().ok_or_else(|| BackendError::Failed {
+        let (range, page) = (bitmap.range(), bitmap.page_size().bytes());
+        let len = range.len().ok_or_else(|| BackendError::Failed {
             operation,
             cause: "a range of all 2^64 addresses cannot be reported".into(),
         })?;
         let result = self
             .client
-            .report_dma_log(region.first().0, len, page.bytes(), words);
+            .report_dma_log(range.first().0, len, page, bitmap.words_mut());
         result.map_err(failed(operation))
+    }
+
+    fn shared_log(&self) -> Option<Arc<dyn SharedLog>> {
+        None
     }
 }
 

@@ -20,7 +20,7 @@ pub use channel::{ApiHandle, ApiInbox, ApiReceiver, ApiSendError, Responder, cha
 pub use client::{ApiClient, ClientError};
 pub use error::{ApiError, ApiStatus};
 pub use request::{
-    ApiReply, ApiRequest, Counters, ReceiveMigrationConfig, ReceiveNetConfig,
+    ApiReply, ApiRequest, Counters, ReceiveDeviceConfig, ReceiveMigrationConfig, ReceiveNetConfig,
     ReceiveUserDeviceConfig, SendMigrationConfig, VmInfo, VmState, VmmPing,
 };
 pub use routes::BASE_PATH;

@@ -222,6 +222,9 @@ pub struct ReceiveMigrationConfig {
     /// Taps and vhost-user backends of virtio-net devices.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub net: Vec<ReceiveNetConfig>,
+    /// Devices of the host.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<ReceiveDeviceConfig>,
     /// Servers of passthrough devices.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub user_devices: Vec<ReceiveUserDeviceConfig>,
@@ -281,6 +284,16 @@ impl ReceiveNetConfig {
     }
 }
 
+/// The device of the receiving host that takes the place of one at the source.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReceiveDeviceConfig {
+    /// The device.
+    pub id: String,
+    /// Its folder in sysfs here.
+    pub path: PathBuf,
+}
+
 /// The server a passthrough device has on the receiving host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -318,8 +331,10 @@ impl ReceiveMigrationConfig {
         for net in &self.net {
             net.validate()?;
         }
-        let devices = self.user_devices.iter().map(|device| &device.id);
-        for id in self.net.iter().map(|net| &net.id).chain(devices) {
+        let nets = self.net.iter().map(|net| &net.id);
+        let devices = self.devices.iter().map(|device| &device.id);
+        let users = self.user_devices.iter().map(|device| &device.id);
+        for id in nets.chain(devices).chain(users) {
             check_id(id)?;
             if !seen.insert(id) {
                 return Err(ConfigError::RepeatedId { id: id.clone() });
@@ -337,6 +352,14 @@ impl ReceiveMigrationConfig {
         for here in &self.net {
             let net = config.net.iter_mut().find(|net| net.id == here.id);
             here.apply_to(net.ok_or_else(|| unknown(&here.id))?)?;
+        }
+        for here in &self.devices {
+            let mut devices = config.devices.iter_mut();
+            let device = devices.find(|device| device.id == here.id);
+            device
+                .ok_or_else(|| unknown(&here.id))?
+                .path
+                .clone_from(&here.path);
         }
         for here in &self.user_devices {
             let mut devices = config.user_devices.iter_mut();

@@ -119,6 +119,7 @@ fn the_document_describes_the_routes_and_the_types() {
         "net": [{"tap": "t", "mtu": 1500}, {"vhost_user": true, "vhost_socket": "v"}],
         "serial": {"mode": "File", "file": "f"},
         "console": {"mode": "Socket", "socket": "s"},
+        "devices": [{"path": "/sys/bus/pci/devices/0000:01:00.0", "dirty": "all"}],
         "user_devices": [{"socket": "x"}],
     });
     let config: VmConfig = serde_json::from_value(full).unwrap();
@@ -148,6 +149,7 @@ fn the_document_describes_the_routes_and_the_types() {
     }
     covers("NetConfig", &vm["net"][0]);
     covers("NetConfig", &vm["net"][1]);
+    covers("DeviceConfig", &vm["devices"][0]);
     covers("UserDeviceConfig", &vm["user_devices"][0]);
     let send = SendMigrationConfig {
         max_bandwidth: Some(1),
@@ -478,11 +480,13 @@ fn the_start_up_code_can_ask_by_itself() {
 fn a_destination_replaces_only_what_it_names() {
     let text = r#"{"payload": {"kernel": "k"}, "memory": {"size": 4096, "shared": true},
         "net": [{"fds": [9]}, {"tap": "t"}, {"vhost_user": true, "vhost_socket": "/c"}],
+        "devices": [{"path": "/sys/a"}],
         "user_devices": [{"socket": "/a"}]}"#;
     let config: VmConfig = serde_json::from_str(text).unwrap();
     let source = config.validate().unwrap();
     let mut here = source.clone();
     let text = r#"{"receiver_url": "unix:/x", "user_devices": [{"id": "_user0", "socket": "/b"}],
+        "devices": [{"id": "_vfio0", "path": "/sys/b"}],
         "net": [{"id": "_net0", "tap": "u"}, {"id": "_net2", "vhost_socket": "/d"}], "serial": {"mode": "Pty"}}"#;
     let receive: ReceiveMigrationConfig = serde_json::from_str(text).unwrap();
     receive.apply_to(&mut here).unwrap();
@@ -494,6 +498,7 @@ fn a_destination_replaces_only_what_it_names() {
     assert_eq!(here.net[1], source.net[1]);
     assert_eq!(here.net[2].vhost_socket, Some(PathBuf::from("/d")));
     assert_eq!(here.user_devices[0].socket, PathBuf::from("/b"));
+    assert_eq!(here.devices[0].path, PathBuf::from("/sys/b"));
     assert_eq!(here.console, source.console);
     let mut receive = receive;
     for (id, told) in [

@@ -7,6 +7,7 @@
 //! configuration only.
 
 mod console;
+mod device;
 mod error;
 mod machine;
 mod net;
@@ -21,6 +22,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 pub use console::ConsoleConfig;
+pub use device::{DeviceConfig, DirtyConfig};
 pub use error::ConfigError;
 pub use machine::{
     CpusConfig, DirtyLogConfig, MAX_CMDLINE_BYTES, MAX_VCPUS, MemoryConfig, PayloadConfig,
@@ -59,6 +61,9 @@ pub struct VmConfig {
     /// The virtio console.
     #[serde(default = "default_console")]
     pub console: ConsoleConfig,
+    /// Devices of the host.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceConfig>,
     /// Passthrough devices over vfio-user.
     #[serde(default)]
     pub user_devices: Vec<UserDeviceConfig>,
@@ -94,6 +99,9 @@ impl VmConfig {
                 self.memory.require_shared("--net", &net.id)?;
             }
         }
+        for device in &self.devices {
+            device.validate()?;
+        }
         for device in &self.user_devices {
             device.validate()?;
             self.memory.require_shared("--user-device", &device.id)?;
@@ -105,7 +113,9 @@ impl VmConfig {
     /// The ids of all configured devices, in the order they are put on the PCI bus.
     pub fn device_ids(&self) -> impl Iterator<Item = &str> {
         let nets = self.net.iter().map(|net| net.id.as_str());
-        nets.chain(self.user_devices.iter().map(|device| device.id.as_str()))
+        let devices = self.devices.iter().map(|device| device.id.as_str());
+        let users = self.user_devices.iter().map(|device| device.id.as_str());
+        nets.chain(devices).chain(users)
     }
 
     fn name_devices(&mut self) -> Result<(), ConfigError> {
@@ -125,8 +135,10 @@ impl VmConfig {
         }
         let nets = self.net.iter_mut().map(|net| &mut net.id);
         fill_ids("_net", nets, &mut taken);
-        let devices = self.user_devices.iter_mut().map(|device| &mut device.id);
-        fill_ids("_user", devices, &mut taken);
+        let devices = self.devices.iter_mut().map(|device| &mut device.id);
+        fill_ids("_vfio", devices, &mut taken);
+        let users = self.user_devices.iter_mut().map(|device| &mut device.id);
+        fill_ids("_user", users, &mut taken);
         Ok(())
     }
 
@@ -151,11 +163,13 @@ impl VmConfig {
             .iter()
             .filter_map(|net| net.vhost_socket.as_deref());
         let mut seen: HashSet<&Path> = HashSet::new();
+        let devices = self.devices.iter().map(|device| device.path.as_path());
         for path in consoles
             .into_iter()
             .flatten()
             .chain(sockets)
             .chain(backends)
+            .chain(devices)
         {
             // Output to /dev/null and the like may be shared.
             if !path.starts_with("/dev") && !seen.insert(path) {

@@ -373,6 +373,16 @@ prop_compose! {
 }
 
 prop_compose! {
+    fn device()(
+        id in "[a-z_]{0,8}",
+        path in path(),
+        dirty in select(vec![DirtyConfig::Auto, DirtyConfig::All]),
+    ) -> DeviceConfig {
+        DeviceConfig { id, path, dirty }
+    }
+}
+
+prop_compose! {
     fn memory()(
         size: u64,
         shared: bool,
@@ -400,6 +410,7 @@ prop_compose! {
         src in path(),
         serial in console(),
         console in console(),
+        devices in vec(device(), 0..3),
         user_devices in vec(user_device(), 0..3),
     ) -> VmConfig {
         VmConfig {
@@ -410,6 +421,7 @@ prop_compose! {
             rng: RngConfig { src },
             serial,
             console,
+            devices,
             user_devices,
         }
     }
@@ -418,6 +430,10 @@ prop_compose! {
 fn through_options(config: &VmConfig) -> Result<VmConfig, ConfigError> {
     let nets = config.net.iter().map(|net| net.to_string().parse());
     let devices = config
+        .devices
+        .iter()
+        .map(|device| device.to_string().parse());
+    let users = config
         .user_devices
         .iter()
         .map(|device| device.to_string().parse());
@@ -429,7 +445,8 @@ fn through_options(config: &VmConfig) -> Result<VmConfig, ConfigError> {
         rng: config.rng.to_string().parse()?,
         serial: ConsoleConfig::parse("--serial", &config.serial.to_string())?,
         console: ConsoleConfig::parse("--console", &config.console.to_string())?,
-        user_devices: devices.collect::<Result<_, _>>()?,
+        devices: devices.collect::<Result<_, _>>()?,
+        user_devices: users.collect::<Result<_, _>>()?,
     })
 }
 
@@ -470,6 +487,7 @@ fn parse_all(text: &str) {
     let _ = text.parse::<CpusConfig>();
     let _ = text.parse::<MemoryConfig>();
     let _ = text.parse::<NetConfig>();
+    let _ = text.parse::<DeviceConfig>();
     let _ = text.parse::<UserDeviceConfig>();
     let _ = text.parse::<RngConfig>();
     let _ = text.parse::<ConsoleConfig>();

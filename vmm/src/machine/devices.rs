@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use devices::acpi::{self, AcpiPower, I8042, Sink};
@@ -12,23 +12,22 @@ use devices::serial::{self, Serial};
 use devices::terminal::Terminal;
 use hypervisor::Vm;
 use parking_lot::Mutex;
-use passthrough::{Passthrough, VfioUserBackend};
 use pci::PciBus;
 use virtio_devices::net::features::HASH_REPORT;
 use virtio_devices::{
     Console, EntropySource, NetCounters, Rng, VhostUserHandle, VirtioDevice, VirtioPciDevice,
     VirtioPciParts,
 };
-use vm_migration::{ErrorChain, Pause};
+use vm_migration::Pause;
 
+use super::passthrough::{self, PassthroughFunction};
 use super::pci::PciRoot;
 use super::{Host, MachineError, net};
 use crate::api::Counters;
-use crate::config::{ConsoleConfig, RngConfig, UserDeviceConfig, VmConfig};
+use crate::config::{ConsoleConfig, RngConfig, VmConfig};
 use crate::interrupts::{Fabric, InterruptManager};
 use crate::layout;
 use crate::memory::Ram;
-use crate::notice::ExitReason;
 use crate::power::PowerButton;
 
 /// What devices are plugged into.
@@ -54,22 +53,12 @@ pub struct VirtioFunction {
     pub vhost: Option<VhostUserHandle>,
 }
 
-/// A passthrough device on the bus.
-pub struct UserFunction {
-    /// Identifier.
-    pub id: String,
-    /// Who serves it.
-    pub socket: PathBuf,
-    /// The device.
-    pub device: Passthrough,
-}
-
 /// The devices of a machine.
 pub struct Devices {
     rtc: Arc<Mutex<Rtc>>,
     serial: Option<Arc<Mutex<Serial>>>,
     virtio: Vec<VirtioFunction>,
-    users: Vec<UserFunction>,
+    passthrough: Vec<PassthroughFunction>,
     bus: Arc<PciBus>,
 }
 
@@ -109,18 +98,16 @@ impl Devices {
         for function in &virtio {
             root.add(function.device.clone())?;
         }
-        let mut users = Vec::new();
-        for user in &config.user_devices {
-            let function = user_device(user, host, board)?;
+        let passthrough = passthrough::functions(config, host, board)?;
+        for function in &passthrough {
             root.add_areas(&function.id, function.device.mappable_areas());
             root.add(Arc::new(Mutex::new(function.device.clone())))?;
-            users.push(function);
         }
         Ok(Self {
             rtc,
             serial,
             virtio,
-            users,
+            passthrough,
             bus: Arc::clone(root.bus()),
         })
     }
@@ -135,11 +122,11 @@ impl Devices {
             })?;
         }
         // No device does peer-to-peer DMA with one that stands still.
-        for user in &self.users {
-            user.device.wake();
+        for function in &self.passthrough {
+            function.device.wake();
         }
-        for user in &self.users {
-            let resumed = user.device.clone().resume();
+        for function in &self.passthrough {
+            let resumed = function.device.clone().resume();
             resumed.map_err(|cause| MachineError::State {
                 operation: "go on",
                 cause,
@@ -154,11 +141,11 @@ impl Devices {
             operation: "stop",
             cause,
         };
-        for user in self.users.iter().rev() {
-            user.device.quiesce().map_err(failed)?;
+        for function in self.passthrough.iter().rev() {
+            function.device.quiesce().map_err(failed)?;
         }
-        for user in self.users.iter().rev() {
-            let paused = user.device.clone().pause();
+        for function in self.passthrough.iter().rev() {
+            let paused = function.device.clone().pause();
             paused.map_err(failed)?;
         }
         for function in self.virtio.iter().rev() {
@@ -209,13 +196,8 @@ impl Devices {
                 all.insert(function.id.clone(), vhost.facts());
             }
         }
-        for user in &self.users {
-            let facts = BTreeMap::from([
-                ("backend".to_owned(), "vfio-user".to_owned()),
-                ("socket".to_owned(), user.socket.display().to_string()),
-                ("dirty_source".to_owned(), dirty_source(&user.device)),
-            ]);
-            all.insert(user.id.clone(), facts);
+        for function in &self.passthrough {
+            all.insert(function.id.clone(), function.facts());
         }
         all
     }
@@ -236,8 +218,8 @@ impl Devices {
     }
 
     /// The passthrough devices, in the order of their slots.
-    pub fn users(&self) -> &[UserFunction] {
-        &self.users
+    pub fn passthrough(&self) -> &[PassthroughFunction] {
+        &self.passthrough
     }
 
     /// The PCI bus.
@@ -263,14 +245,6 @@ fn entropy(config: &RngConfig) -> Result<EntropySource, MachineError> {
     Ok(EntropySource::File(Arc::new(file)))
 }
 
-/// Where a migration learns which pages the device wrote, or why it cannot.
-fn dirty_source(device: &Passthrough) -> String {
-    match device.dirty_source() {
-        Ok(_) => "device DMA log".to_owned(),
-        Err(error) => ErrorChain(&error).to_string(),
-    }
-}
-
 pub(super) fn function(
     kind: &'static str,
     device: Box<dyn VirtioDevice>,
@@ -292,36 +266,6 @@ pub(super) fn function(
         device: Arc::new(Mutex::new(device)),
         counters,
         vhost: None,
-    })
-}
-
-fn user_device(
-    config: &UserDeviceConfig,
-    host: &Host,
-    board: &Board<'_>,
-) -> Result<UserFunction, MachineError> {
-    let id = &config.id;
-    let (exits, gone) = (host.exits.clone(), id.clone());
-    let on_gone = Box::new(move |error: &passthrough::BackendError| {
-        exits.send(ExitReason::DeviceLost {
-            id: gone,
-            reason: ErrorChain(error).to_string(),
-        });
-    });
-    let memory = board.ram.handle().clone();
-    let backend = VfioUserBackend::connect(&config.socket, memory, &host.spawner, on_gone)
-        .map_err(MachineError::device(id))?;
-    let fabric = Fabric(Arc::clone(board.interrupts));
-    let device =
-        Passthrough::new(id, Arc::new(backend), &fabric).map_err(MachineError::device(id))?;
-    device.reset().map_err(MachineError::device(id))?;
-    device
-        .map_memory(&board.ram.memory())
-        .map_err(MachineError::device(id))?;
-    Ok(UserFunction {
-        id: id.clone(),
-        socket: config.socket.clone(),
-        device,
     })
 }
 

@@ -5,6 +5,7 @@ mod devices;
 mod error;
 mod net;
 mod parts;
+mod passthrough;
 mod pci;
 
 use std::sync::Arc;
@@ -25,10 +26,11 @@ use crate::memory::Ram;
 use crate::notice::ExitSender;
 use crate::vcpu::{Surroundings, Vcpus};
 
-pub use devices::{Devices, UserFunction, VirtioFunction};
+pub use devices::{Devices, VirtioFunction};
 pub use error::MachineError;
 pub use parts::{BusState, CpuState, CpuSwitch, VmChips};
 pub(crate) use parts::{CHIPS_ID, CPUS_ID, PCI_ID};
+pub use passthrough::{Origin, PassthroughFunction};
 
 /// What all machines of a process share.
 #[derive(Clone)]

@@ -5,7 +5,7 @@ mod compat;
 use devices::rtc::{self, Rtc};
 use devices::serial::{self, Serial};
 use hypervisor::Cpuid;
-use passthrough::{MigrationFlags, Passthrough};
+use passthrough::MigrationFlags;
 use virtio_devices::VirtioPciDevice;
 use vm_migration::migrate::{DeviceManifest, Manifest, MemoryRegion, Migratable, Refusal};
 use vm_migration::{ErrorChain, MemoryHandle, SaveRestore};
@@ -15,7 +15,8 @@ use compat::{Compat, compat};
 use super::MigrateError;
 use crate::config::VmConfig;
 use crate::machine::{
-    BusState, CHIPS_ID, CPUS_ID, CpuState, Machine, PCI_ID, VirtioFunction, VmChips,
+    BusState, CHIPS_ID, CPUS_ID, CpuState, Machine, PCI_ID, PassthroughFunction, VirtioFunction,
+    VmChips,
 };
 
 /// Most that a passthrough device's state may be, in bytes. The device does not tell a bound, and
@@ -70,9 +71,9 @@ fn devices(machine: &Machine) -> Vec<DeviceManifest> {
     for function in machine.devices().virtio() {
         all.push(virtio_entry(function, machine.ram().handle()));
     }
-    let users = machine.devices().users();
-    for user in users {
-        all.push(passthrough_entry(&user.id, &user.device, users.len()));
+    let functions = machine.devices().passthrough();
+    for function in functions {
+        all.push(passthrough_entry(function, functions.len()));
     }
     all.push(entry(
         PCI_ID,
@@ -115,17 +116,25 @@ fn virtio_entry(function: &VirtioFunction, memory: &MemoryHandle) -> DeviceManif
     }
 }
 
+/// Whether the manifest says that device `id` can be moved.
+pub(super) fn is_movable(manifest: &Manifest, id: &str) -> bool {
+    let mut devices = manifest.devices.iter();
+    let device = devices.find(|device| device.id == id);
+    device.is_some_and(|device| matches!(device.migratable, Migratable::Yes))
+}
+
 /// A passthrough device, one of `count`.
-fn passthrough_entry(id: &str, device: &Passthrough, count: usize) -> DeviceManifest {
-    let migratable = match device.state_source().and_then(|_| device.dirty_source()) {
+fn passthrough_entry(function: &PassthroughFunction, count: usize) -> DeviceManifest {
+    let device = &function.device;
+    let migratable = match device.state_source().and_then(|_| function.rung()) {
         Ok(_) => beside_others(device.profile().migration, count),
         Err(error) => Migratable::No {
             reason: ErrorChain(&error).to_string(),
-            remedy: "unplug it before the migration, or give a server that can migrate".into(),
+            remedy: "unplug it before the migration, or give a device that can migrate".into(),
         },
     };
     DeviceManifest {
-        id: id.to_owned(),
+        id: function.id.clone(),
         kind: PASSTHROUGH.to_owned(),
         compat: compat::of_passthrough(device.profile()),
         migratable,

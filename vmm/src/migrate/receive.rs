@@ -219,8 +219,8 @@ fn sinks(machine: &Machine) -> Result<Vec<Box<dyn StateSink>>, vm_migration::Sta
             Arc::clone(&function.device),
         )));
     }
-    for user in machine.devices().users() {
-        sinks.push(Box::new(user.device.state_sink()?));
+    for function in machine.devices().passthrough() {
+        sinks.push(Box::new(function.device.state_sink()?));
     }
     let bus = Arc::new(Mutex::new(BusState(Arc::clone(machine.devices().bus()))));
     sinks.push(Box::new(SnapshotSink::still(PCI_ID, bus)));

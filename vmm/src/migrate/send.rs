@@ -10,8 +10,8 @@ use event_monitor::{Event, EventMonitor};
 use hypervisor::DirtyLog;
 use parking_lot::Mutex;
 use vm_migration::migrate::{
-    self, CancelHandle, MigrationEvent, MigrationStatus, Report, Side, SourceParts, SourcePhase,
-    Status, TooLate,
+    self, CancelHandle, Manifest, MigrationEvent, MigrationStatus, Report, Side, SourceParts,
+    SourcePhase, Status, TooLate,
 };
 use vm_migration::{DirtySource, ErrorChain, SnapshotSource, StateSource, VmmWriteSource};
 
@@ -43,10 +43,11 @@ impl Sending {
         tools: &Tools,
     ) -> Result<Self, MigrateError> {
         let manifest = description::manifest(machine, config)?;
+        let dirty = dirty_sources(&manifest, machine)?;
         let mut parts = SourceParts::new(
             manifest,
             machine.ram().handle().clone(),
-            dirty_sources(machine),
+            dirty,
             state_sources(machine),
             Box::new(CpuSwitch(Arc::clone(machine.vcpus()))),
         )
@@ -173,13 +174,17 @@ fn report_threads() -> usize {
 }
 
 /// All writers of guest memory.
-fn dirty_sources(machine: &Machine) -> Vec<Box<dyn DirtySource>> {
+fn dirty_sources(
+    manifest: &Manifest,
+    machine: &Machine,
+) -> Result<Vec<Box<dyn DirtySource>>, MigrateError> {
     let regions = machine.ram().regions();
     let log: Arc<dyn DirtyLog> = Arc::clone(machine.vm()) as _;
     let vcpus = VcpuDirty::new(log, machine.slots(), &regions);
     let vmm = VmmWriteSource::new(machine.ram().handle().clone());
     let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(vcpus), Box::new(vmm)];
-    // One that cannot log is refused by the manifest, which says why.
+    // Those that cannot be moved are refused by the manifest, which says why. Of all others the
+    // writes must be known.
     let memory = machine.ram().handle();
     let backends = machine.devices().virtio().iter();
     for vhost in backends.filter_map(|function| function.vhost.as_ref()) {
@@ -187,12 +192,11 @@ fn dirty_sources(machine: &Machine) -> Vec<Box<dyn DirtySource>> {
             sources.push(Box::new(source));
         }
     }
-    for user in machine.devices().users() {
-        if let Ok(source) = user.device.dirty_source() {
-            sources.push(Box::new(source));
-        }
-    }
-    sources
+    let movable = machine.devices().passthrough().iter();
+    let movable = movable.filter(|function| description::is_movable(manifest, &function.id));
+    let devices = movable.map(|function| (&function.device, function.all_dirty));
+    sources.extend(passthrough::dirty_sources(devices).map_err(MigrateError::Device)?);
+    Ok(sources)
 }
 
 /// All parts with state, in the manifest's order.
@@ -221,8 +225,8 @@ fn state_sources(machine: &Machine) -> Vec<Box<dyn StateSource>> {
             Arc::clone(&function.device),
         )));
     }
-    for user in machine.devices().users() {
-        if let Ok(source) = user.device.state_source() {
+    for function in machine.devices().passthrough() {
+        if let Ok(source) = function.device.state_source() {
             sources.push(Box::new(source));
         }
     }

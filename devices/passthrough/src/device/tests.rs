@@ -8,6 +8,7 @@ use vm_migration::Pause;
 use vm_migration::memory::{Backing, RamMapping, map_ram};
 
 use super::*;
+use crate::backend::IrqKind;
 use crate::fake::{
     DEVICE, FakeBackend, MSI_CAP, MSIX_CAP, TABLE, VECTORS, VENDOR, VENDOR_CAP, device,
 };
@@ -77,7 +78,7 @@ fn msi_is_hidden_and_other_capabilities_are_the_devices() {
 fn the_msix_table_becomes_routes_of_vectors_the_device_signals() {
     let backend = FakeBackend::new(None);
     let (mut nic, fabric) = device(&backend);
-    assert_eq!(backend.seen.lock().irqs, usize::from(VECTORS));
+    assert_eq!(backend.seen.lock().irqs, None);
     nic.write_bar(2, TABLE + 16, &0xfee0_0000_u64.to_le_bytes());
     nic.write_bar(2, TABLE + 24, &0x4041_u32.to_le_bytes());
     nic.write_bar(2, TABLE + 28, &0_u32.to_le_bytes());
@@ -93,6 +94,13 @@ fn the_msix_table_becomes_routes_of_vectors_the_device_signals() {
     assert_eq!((route.address, route.data), (0xfee0_0000, 0x4041));
     let at = usize::from(MSIX_CAP) + 2;
     assert_eq!(backend.seen.lock().config[at..at + 2], [0x02, 0x80]);
+    // The device's vectors are on just while the guest's are.
+    let all = Some((IrqKind::Msix, usize::from(VECTORS)));
+    assert_eq!(backend.seen.lock().irqs, all);
+    nic.write_config(MSIX_CAP + 2, &0x0002_u16.to_le_bytes());
+    assert_eq!(backend.seen.lock().irqs, None);
+    nic.write_config(MSIX_CAP + 2, &0x8002_u16.to_le_bytes());
+    assert_eq!(backend.seen.lock().irqs, all);
     // Neither table nor pending bits reach the device.
     let base = usize::try_from(TABLE).unwrap();
     assert_eq!(backend.seen.lock().bar[base + 16], 16);
@@ -101,6 +109,45 @@ fn the_msix_table_becomes_routes_of_vectors_the_device_signals() {
     let mut word = [0; 4];
     nic.read_bar(2, TABLE + 24, &mut word);
     assert_eq!(u32::from_le_bytes(word), 0x4041);
+}
+
+#[test]
+fn a_device_without_msix_interrupts_by_msi() {
+    let backend = FakeBackend::new(Some(MigrationFlags::all()));
+    {
+        // MSI comes first, with four maskable vectors, and points past MSI-X.
+        let config = &mut backend.seen.lock().config;
+        config[0x34] = MSI_CAP.to_le_bytes()[0];
+        let at = usize::from(MSI_CAP) + 2;
+        config[at..at + 2].copy_from_slice(&0x0104_u16.to_le_bytes());
+        config.resize(256, 0);
+        // The vendor's moves out of the way.
+        config[usize::from(MSI_CAP) + 1] = 0x70;
+        config[0x70..0x74].copy_from_slice(&[0x09, 0, 0x10, 0xab]);
+    }
+    let (mut nic, fabric) = device(&backend);
+    assert_eq!(nic.profile().vectors, 4);
+    nic.write_config(MSI_CAP + 4, &0xfee0_0000_u32.to_le_bytes());
+    nic.write_config(MSI_CAP + 8, &0x41_u32.to_le_bytes());
+    nic.write_config(MSI_CAP + 12, &0_u32.to_le_bytes());
+    assert_eq!(backend.seen.lock().irqs, None);
+    nic.write_config(MSI_CAP + 2, &0x0111_u16.to_le_bytes());
+    assert_eq!(backend.seen.lock().irqs, Some((IrqKind::Msi, 2)));
+    let lines = fabric.0.lock();
+    let route = |n: usize| lines[n].route.lock().map(|m| (m.address, m.data));
+    assert_eq!(route(0), Some((0xfee0_0000, 0x40)));
+    assert_eq!((route(1), route(2)), (Some((0xfee0_0000, 0x41)), None));
+    // Masked, it waits, and the guest sees that it does.
+    nic.write_config(MSI_CAP + 12, &1_u32.to_le_bytes());
+    assert_eq!(route(0), None);
+    lines[0].trigger().unwrap();
+    assert_eq!(config(&mut nic, MSI_CAP + 16), 1);
+    let saved = nic.inner.front.lock().save();
+    assert_eq!(route(0), None);
+    nic.inner.front.lock().restore(&saved).unwrap();
+    assert_eq!(config(&mut nic, MSI_CAP + 16), 1);
+    nic.reset().unwrap();
+    assert_eq!((backend.seen.lock().irqs, route(1)), (None, None));
 }
 
 #[test]
@@ -182,7 +229,8 @@ fn memory_is_mapped_by_file_and_private_memory_refused_with_the_remedy() {
 
     let private = GuestMemory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
     let error = nic.map_memory(&private).unwrap_err();
-    assert!(error.to_string().contains("--memory shared=on"), "{error}");
+    let error = ErrorChain(&error).to_string();
+    assert!(error.contains("--memory shared=on"), "{error}");
 }
 
 #[test]
@@ -199,10 +247,12 @@ fn a_device_that_cannot_migrate_says_so() {
         Some(StateError::Unsupported { .. })
     ));
     assert!(matches!(
-        nic.dirty_source().err(),
+        nic.dirty_rung(false).err(),
         Some(StateError::Unsupported { .. })
     ));
     assert!(nic.pause().is_err());
+    // It always runs, so there is nothing to resume.
+    nic.resume().unwrap();
 }
 
 #[test]

@@ -23,7 +23,10 @@ fn source(regions: &[(u64, u64)]) -> (Arc<FakeBackend>, Translated<PassthroughDi
             len: *len,
         });
     }
-    (backend, nic.dirty_source().unwrap())
+    (
+        backend,
+        Translated::identity(PassthroughDirty::new(nic.inner)),
+    )
 }
 
 fn bitmap(of: (u64, u64)) -> IovaBitmap {

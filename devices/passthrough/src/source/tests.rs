@@ -7,6 +7,7 @@ use vm_migration::StateSink;
 use vfio_user::{PrecopyInfo, StateArc};
 
 use super::*;
+use crate::backend::IrqKind;
 use crate::fake::{FakeBackend, FakeFabric, Fault, How, MSIX_CAP, TABLE, VECTORS, device};
 use crate::{Passthrough, PassthroughSink};
 
@@ -182,7 +183,9 @@ fn a_device_that_fails_to_stop_goes_on_or_is_reset() {
     assert_eq!(backend.seen.lock().machine.state(), DeviceState::Error);
     nic.clone().write_config(4, &[6]);
     backend.seen.lock().config[4] = 0;
-    backend.seen.lock().irqs = 0;
+    nic.clone()
+        .write_config(MSIX_CAP + 2, &0x8000_u16.to_le_bytes());
+    backend.seen.lock().irqs = Some((IrqKind::Msix, 0));
     source.wake();
     let error = source.abort().unwrap_err();
     assert!(matches!(error, StateError::Reset { .. }), "{error}");
@@ -190,7 +193,8 @@ fn a_device_that_fails_to_stop_goes_on_or_is_reset() {
     assert_eq!(seen.machine.state(), DeviceState::Running);
     assert_eq!(seen.resets, 1);
     // It is set up again as the guest had it.
-    assert_eq!((seen.config[4], seen.irqs), (6, usize::from(VECTORS)));
+    let all = Some((IrqKind::Msix, usize::from(VECTORS)));
+    assert_eq!((seen.config[4], seen.irqs), (6, all));
 }
 
 #[test]

@@ -5,8 +5,8 @@ use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vmm::api::{
-    ReceiveMigrationConfig, ReceiveNetConfig, ReceiveUserDeviceConfig, SendMigrationConfig,
-    TimeoutStrategy,
+    ReceiveDeviceConfig, ReceiveMigrationConfig, ReceiveNetConfig, ReceiveUserDeviceConfig,
+    SendMigrationConfig, TimeoutStrategy,
 };
 use vmm::config::{ConsoleConfig, parse_size};
 
@@ -166,6 +166,9 @@ pub(crate) struct ReceiveDevices {
     /// repeated.
     #[arg(long, value_name = "ID@SOCKET")]
     pub(crate) net_socket: Vec<Placed>,
+    /// The folder in sysfs of the host's device at the destination; may be repeated.
+    #[arg(long, value_name = "ID@DIR")]
+    pub(crate) device: Vec<Placed>,
     /// The server's socket a passthrough device has at the destination; may be repeated.
     #[arg(long, value_name = "ID@SOCKET")]
     pub(crate) user_device: Vec<Placed>,
@@ -189,6 +192,10 @@ impl ReceiveDevices {
             tap: None,
             vhost_socket: Some(PathBuf::from(&placed.place)),
         });
+        let devices = self.device.iter().map(|placed| ReceiveDeviceConfig {
+            id: placed.id.clone(),
+            path: PathBuf::from(&placed.place),
+        });
         let user_devices = self
             .user_device
             .iter()
@@ -199,6 +206,7 @@ impl ReceiveDevices {
         ReceiveMigrationConfig {
             receiver_url: url.to_owned(),
             net: taps.chain(sockets).collect(),
+            devices: devices.collect(),
             user_devices: user_devices.collect(),
             serial: self.serial.clone(),
             console: self.console.clone(),
@@ -293,7 +301,8 @@ mod tests {
     fn a_whole_migration_on_one_line() {
         let cli = parse(
             "migrate --from /a --to /b --url tcp:h:1 --net _net0@tap1 --net _net1@tap2 \
-             --net-socket _net2@/vhost --user-device _user0@/nic --serial file=/log --downtime-ms 50 --max-bandwidth 10M --json",
+             --net-socket _net2@/vhost --user-device _user0@/nic --device _vfio0@/sys/x \
+             --serial file=/log --downtime-ms 50 --max-bandwidth 10M --json",
         )
         .unwrap();
         let Verb::Migrate(order) = cli.verb else {
@@ -303,6 +312,7 @@ mod tests {
         assert_eq!(receive.net[1].tap.as_deref(), Some("tap2"));
         assert_eq!(receive.net[2].vhost_socket, Some(PathBuf::from("/vhost")));
         assert_eq!(receive.user_devices[0].socket, PathBuf::from("/nic"));
+        assert_eq!(receive.devices[0].path, PathBuf::from("/sys/x"));
         let send = order.limits.send_config(&order.url);
         assert_eq!((send.downtime_ms, send.max_bandwidth), (50, Some(10 << 20)));
     }

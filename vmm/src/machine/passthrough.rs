@@ -1,0 +1,168 @@
+//! Devices of somebody else: of the host, by the kernel's VFIO, and of other processes, by
+//! vfio-user.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use passthrough::kernel::Groups;
+use passthrough::{
+    Backend, BackendError, DeviceNews, DirtyRung, HostKernel, KernelVfioBackend, Passthrough,
+    VfioUserBackend,
+};
+
+use vm_migration::{ErrorChain, StateError};
+
+use super::devices::Board;
+use super::{Host, MachineError};
+use crate::config::{DeviceConfig, DirtyConfig, UserDeviceConfig, VmConfig};
+use crate::interrupts::Fabric;
+use crate::notice::ExitReason;
+
+/// Where a passthrough device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// On this host: its folder in sysfs.
+    Host(PathBuf),
+    /// In another process: its server's socket.
+    Server(PathBuf),
+}
+
+/// A passthrough device on the bus.
+pub struct PassthroughFunction {
+    /// Identifier.
+    pub id: String,
+    /// Where it is.
+    pub origin: Origin,
+    /// The device.
+    pub device: Passthrough,
+    /// The operator consents that all memory is copied while the guest stands still if nobody can
+    /// tell what the device wrote.
+    pub all_dirty: bool,
+}
+
+impl PassthroughFunction {
+    /// Where a migration learns which pages it wrote.
+    ///
+    /// # Errors
+    /// As [`Passthrough::dirty_rung`].
+    pub fn rung(&self) -> Result<DirtyRung, StateError> {
+        self.device.dirty_rung(self.all_dirty)
+    }
+
+    /// What is worth knowing of it besides its configuration.
+    pub(super) fn facts(&self) -> BTreeMap<String, String> {
+        let (backend, key, path) = match &self.origin {
+            Origin::Host(path) => ("vfio", "path", path),
+            Origin::Server(path) => ("vfio-user", "socket", path),
+        };
+        BTreeMap::from([
+            ("backend".to_owned(), backend.to_owned()),
+            (key.to_owned(), path.display().to_string()),
+            ("dirty_source".to_owned(), self.dirty_source()),
+            ("migration".to_owned(), self.migration()),
+        ])
+    }
+
+    /// The rung in words, or why there is none.
+    fn dirty_source(&self) -> String {
+        match self.rung() {
+            Ok(rung) => rung.to_string(),
+            Err(error) => ErrorChain(&error).to_string(),
+        }
+    }
+
+    /// What its migration can do, in words.
+    fn migration(&self) -> String {
+        let Some(flags) = self.device.profile().migration else {
+            return "none".to_owned();
+        };
+        let names: Vec<_> = flags.iter_names().map(|(name, _)| name).collect();
+        names.join(" ")
+    }
+}
+
+/// The passthrough devices of `config`, in the order of their slots.
+pub(super) fn functions(
+    config: &VmConfig,
+    host: &Host,
+    board: &Board<'_>,
+) -> Result<Vec<PassthroughFunction>, MachineError> {
+    let groups = Groups::new(Arc::new(HostKernel));
+    let devices = config.devices.iter();
+    let of_host = devices.map(|config| host_device(config, &groups, host, board));
+    let users = config.user_devices.iter();
+    let of_servers = users.map(|config| user_device(config, host, board));
+    of_host.chain(of_servers).collect()
+}
+
+fn host_device(
+    config: &DeviceConfig,
+    groups: &Groups,
+    host: &Host,
+    board: &Board<'_>,
+) -> Result<PassthroughFunction, MachineError> {
+    let id = &config.id;
+    let mut backend =
+        KernelVfioBackend::open(&config.path, groups).map_err(MachineError::device(id))?;
+    let (exits, of) = (host.exits.clone(), id.clone());
+    let on_news = Box::new(move |news| {
+        let id = of.clone();
+        exits.send(match news {
+            DeviceNews::Failed => ExitReason::DeviceLost {
+                id,
+                reason: "it reports an error that it cannot correct".to_owned(),
+            },
+            DeviceNews::Wanted => ExitReason::DeviceWanted { id },
+        });
+    });
+    backend
+        .watch(id, &host.spawner, on_news)
+        .map_err(MachineError::device(id))?;
+    let device = device(&config.id, Arc::new(backend), board)?;
+    Ok(PassthroughFunction {
+        id: config.id.clone(),
+        origin: Origin::Host(config.path.clone()),
+        device,
+        all_dirty: config.dirty == DirtyConfig::All,
+    })
+}
+
+fn user_device(
+    config: &UserDeviceConfig,
+    host: &Host,
+    board: &Board<'_>,
+) -> Result<PassthroughFunction, MachineError> {
+    let id = &config.id;
+    let (exits, gone) = (host.exits.clone(), id.clone());
+    let on_gone = Box::new(move |error: &BackendError| {
+        exits.send(ExitReason::DeviceLost {
+            id: gone,
+            reason: ErrorChain(error).to_string(),
+        });
+    });
+    let memory = board.ram.handle().clone();
+    let backend = VfioUserBackend::connect(&config.socket, memory, &host.spawner, on_gone)
+        .map_err(MachineError::device(id))?;
+    Ok(PassthroughFunction {
+        id: id.clone(),
+        origin: Origin::Server(config.socket.clone()),
+        device: device(id, Arc::new(backend), board)?,
+        all_dirty: false,
+    })
+}
+
+/// The device behind `backend`, fresh from a reset and with all RAM mapped for it.
+fn device(
+    id: &str,
+    backend: Arc<dyn Backend>,
+    board: &Board<'_>,
+) -> Result<Passthrough, MachineError> {
+    let fabric = Fabric(Arc::clone(board.interrupts));
+    let device = Passthrough::new(id, backend, &fabric).map_err(MachineError::device(id))?;
+    device.reset().map_err(MachineError::device(id))?;
+    device
+        .map_memory(&board.ram.memory())
+        .map_err(MachineError::device(id))?;
+    Ok(device)
+}
