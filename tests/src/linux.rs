@@ -43,6 +43,8 @@ pub enum Kernel {
     Cloud6_1,
     /// Debian 12's backported one, for clouds.
     Cloud6_12,
+    /// The same for any machine, with drivers of real hardware.
+    Full6_12,
 }
 
 impl Kernel {
@@ -51,6 +53,7 @@ impl Kernel {
         match self {
             Self::Cloud6_1 => "6.1-cloud",
             Self::Cloud6_12 => "6.12-cloud",
+            Self::Full6_12 => "6.12",
         }
     }
 
@@ -58,7 +61,7 @@ impl Kernel {
     pub const fn release(self) -> &'static str {
         match self {
             Self::Cloud6_1 => "6.1.",
-            Self::Cloud6_12 => "6.12.",
+            Self::Cloud6_12 | Self::Full6_12 => "6.12.",
         }
     }
 }

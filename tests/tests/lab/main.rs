@@ -5,6 +5,7 @@
 
 mod boot;
 mod hashes;
+mod host_devices;
 mod migrate;
 mod net;
 mod streams;
