@@ -230,7 +230,7 @@ fn use_device(device: &KernelVfioBackend, script: &Script) {
             0..8 => device.set_state(DeviceState::from_number(state).expect("a state")),
             8..16 => device.read_data(&mut [0; 64]).map(|len| assert!(len <= 64)),
             16..20 => device.write_data(&[0; 64]),
-            20..22 => device.precopy_size().map(drop),
+            20..22 => device.precopy_info().map(drop),
             22..24 => device.stop_copy_size().map(drop),
             24..30 => {
                 let range = IovaRange::new(Iova(0), RAM).expect("a range");
