@@ -234,6 +234,7 @@ const VFIO_STATE: &[Ioctl] = &[
 const TAP_OPEN: &[Ioctl] = &[
     Request(0x54ca), // TUNSETIFF
     Request(0x54d2), // TUNGETIFF
+    Request(0x54e4), // TUNGETVNETHASHCAP, TUNGETVNETHASHTYPES
     Request(0x8913), // SIOCGIFFLAGS
     Request(0x8914), // SIOCSIFFLAGS
     Request(0x8927), // SIOCGIFHWADDR
@@ -245,11 +246,17 @@ const TAP_START: &[Ioctl] = &[
     Request(0x54dc), // TUNSETVNETLE
 ];
 
-/// Setting a tap as the driver asks on its control queue (`linux/if_tun.h`).
+/// Setting a tap as the driver asks on its control queue (`linux/if_tun.h`; those for hashes are of
+/// patches to it, see `net_util::tap::HashAbi`).
 const TAP_CONTROL: &[Ioctl] = &[
     Request(0x54d0), // TUNSETOFFLOAD
     Request(0x54d2), // TUNGETIFF
+    Request(0x54d7), // TUNGETVNETHDRSZ
     Request(0x54d9), // TUNSETQUEUE
+    Request(0x54e0), // TUNSETSTEERINGEBPF
+    Request(0x54e5), // TUNSETVNETHASH, TUNSETVNETREPORTINGAUTOMQ
+    Request(0x54e6), // TUNSETVNETREPORTINGRSS
+    Request(0x54e7), // TUNSETVNETRSS
 ];
 
 /// Kinds of threads that devices run.

@@ -186,6 +186,24 @@ fn an_ioctl_is_judged_by_its_request() {
 }
 
 #[test]
+fn a_tap_is_set_to_hash_where_its_commands_are_carried_out() {
+    let test = "a_tap_is_set_to_hash_where_its_commands_are_carried_out";
+    let output = in_child(test, || {
+        run(ThreadKind::VirtioNetControl, SeccompMode::Enforce, || {
+            // Header size, steering program and hash; then the question what the kernel can hash.
+            for request in [0x54d7, 0x54e0, 0x54e5, 0x54e6, 0x54e7, 0x54e4] {
+                // SAFETY: standard error is no tap and refuses each request.
+                let status = unsafe { libc::ioctl(std::io::stderr().as_raw_fd(), request, 0) };
+                assert_eq!(status, -1);
+                eprintln!("request {request:#x} was allowed");
+            }
+        });
+    });
+    forbidden(&output, "(ioctl), argument 1 = 0x54e4");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("request 0x54e7 was allowed"));
+}
+
+#[test]
 fn who_builds_an_arriving_vm_makes_no_memory_executable() {
     let test = "who_builds_an_arriving_vm_makes_no_memory_executable";
     let output = in_child(test, || {

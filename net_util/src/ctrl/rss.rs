@@ -112,6 +112,17 @@ impl RssConfig {
         &self.hash
     }
 
+    /// The receive queue of each index; a power of two of them, at most
+    /// [`RSS_MAX_TABLE_ENTRIES`].
+    pub const fn table(&self) -> &[u16] {
+        &self.table
+    }
+
+    /// The receive queue of packets without a hash.
+    pub const fn unclassified(&self) -> u16 {
+        self.unclassified
+    }
+
     /// How many transmit queues the driver uses.
     pub const fn transmit_queues(&self) -> u16 {
         self.transmit_queues

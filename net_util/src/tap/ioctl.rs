@@ -11,6 +11,8 @@ use rustix::io::Result;
 use rustix::ioctl::{Getter, IntegerSetter, Opcode, Setter, Updater, ioctl, opcode};
 
 use super::TapName;
+use super::vnet_hash::{CAP_BYTES, VnetHashArgument};
+use crate::hash::HashTypes;
 
 /// A tap, not a tun (uapi `linux/if_tun.h`).
 pub(super) const IFF_TAP: u16 = 0x0002;
@@ -39,6 +41,16 @@ const SIOC_GIF_FLAGS: Opcode = 0x8913;
 const SIOC_SIF_FLAGS: Opcode = 0x8914;
 const SIOC_GIF_MTU: Opcode = 0x8921;
 const SIOC_GIF_HWADDR: Opcode = 0x8927;
+
+// Hash reports by the kernel, of which no released kernel knows any: the numbers are those of the
+// two generations of a series of patches ("tun: Introduce virtio-net hashing feature"). Both call
+// what the kernel reads `_IOR` or `_IOW` as it came; sizes are those of the argument's start.
+const TUN_GET_VNET_HASH_CAP: Opcode = opcode::read::<[u8; CAP_BYTES]>(b'T', 228);
+const TUN_SET_VNET_HASH: Opcode = opcode::write::<[u8; CAP_BYTES]>(b'T', 229);
+const TUN_GET_VNET_HASH_TYPES: Opcode = opcode::read::<u32>(b'T', 228);
+const TUN_SET_VNET_REPORTING_AUTOMQ: Opcode = opcode::read::<u32>(b'T', 229);
+const TUN_SET_VNET_REPORTING_RSS: Opcode = opcode::read::<[u8; 8]>(b'T', 230);
+const TUN_SET_VNET_RSS: Opcode = opcode::read::<[u8; 8]>(b'T', 231);
 
 /// `struct ifreq` of uapi `linux/if.h`: a name, and 24 bytes whose meaning is the ioctl's.
 #[derive(Clone)]
@@ -143,6 +155,64 @@ pub(super) fn tun_set_vnet_le(fd: impl AsFd, little: bool) -> Result<()> {
     }
 }
 
+/// RFC v5: `struct tun_vnet_hash` of what the kernel can do, as bytes.
+pub(super) fn tun_get_vnet_hash_cap(fd: impl AsFd) -> Result<[u8; CAP_BYTES]> {
+    // SAFETY: TUNGETVNETHASHCAP writes `struct tun_vnet_hash`, which has that many bytes.
+    unsafe { ioctl(fd, Getter::<TUN_GET_VNET_HASH_CAP, [u8; CAP_BYTES]>::new()) }
+}
+
+/// RFC v5: sets what is hashed, reported and steered.
+pub(super) fn tun_set_vnet_hash(fd: impl AsFd, argument: &VnetHashArgument) -> Result<()> {
+    // SAFETY: TUNSETVNETHASH reads `struct tun_vnet_hash` and, if its flags say RSS, what follows:
+    // never more than a `VnetHashArgument` holds, whose table is as long as its mask says.
+    unsafe {
+        ioctl(
+            fd,
+            Setter::<TUN_SET_VNET_HASH, VnetHashArgument>::new(argument.clone()),
+        )
+    }
+}
+
+/// v12: the types of hash that the kernel can report.
+pub(super) fn tun_get_vnet_hash_types(fd: impl AsFd) -> Result<u32> {
+    // SAFETY: TUNGETVNETHASHTYPES writes one u32, and so would TUNGETQUEUEINDEX.
+    unsafe { ioctl(fd, Getter::<TUN_GET_VNET_HASH_TYPES, u32>::new()) }
+}
+
+/// v12: steers without RSS and reports hashes of `types`; without any it ends reports and RSS.
+pub(super) fn tun_set_vnet_reporting_automq(fd: impl AsFd, types: HashTypes) -> Result<()> {
+    // SAFETY: TUNSETVNETREPORTINGAUTOMQ reads one u32.
+    unsafe {
+        ioctl(
+            fd,
+            Setter::<TUN_SET_VNET_REPORTING_AUTOMQ, u32>::new(types.bits()),
+        )
+    }
+}
+
+/// v12: steers by RSS and reports the hashes.
+pub(super) fn tun_set_vnet_reporting_rss(fd: impl AsFd, argument: &VnetHashArgument) -> Result<()> {
+    // SAFETY: TUNSETVNETREPORTINGRSS reads `struct tun_vnet_rss`, a table and a key: never more
+    // than a `VnetHashArgument` holds, whose table is as long as its mask says.
+    unsafe {
+        ioctl(
+            fd,
+            Setter::<TUN_SET_VNET_REPORTING_RSS, VnetHashArgument>::new(argument.clone()),
+        )
+    }
+}
+
+/// v12: steers by RSS and reports nothing.
+pub(super) fn tun_set_vnet_rss(fd: impl AsFd, argument: &VnetHashArgument) -> Result<()> {
+    // SAFETY: as TUNSETVNETREPORTINGRSS.
+    unsafe {
+        ioctl(
+            fd,
+            Setter::<TUN_SET_VNET_RSS, VnetHashArgument>::new(argument.clone()),
+        )
+    }
+}
+
 /// Fills in `IFF_UP` and its like of the interface named in `request`; `fd` is a socket.
 pub(super) fn get_flags(fd: impl AsFd, request: &mut IfRequest) -> Result<()> {
     // SAFETY: SIOCGIFFLAGS reads and writes one `struct ifreq`, which `IfRequest` is.
@@ -191,6 +261,16 @@ mod tests {
         assert_eq!(u64::from(SIOC_SIF_FLAGS), libc::SIOCSIFFLAGS);
         assert_eq!(u64::from(SIOC_GIF_MTU), libc::SIOCGIFMTU);
         assert_eq!(u64::from(SIOC_GIF_HWADDR), libc::SIOCGIFHWADDR);
+    }
+
+    #[test]
+    fn numbers_are_those_of_the_patches() {
+        assert_eq!(TUN_GET_VNET_HASH_CAP, 0x8008_54e4);
+        assert_eq!(TUN_SET_VNET_HASH, 0x4008_54e5);
+        assert_eq!(TUN_GET_VNET_HASH_TYPES, 0x8004_54e4);
+        assert_eq!(TUN_SET_VNET_REPORTING_AUTOMQ, 0x8004_54e5);
+        assert_eq!(TUN_SET_VNET_REPORTING_RSS, 0x8008_54e6);
+        assert_eq!(TUN_SET_VNET_RSS, 0x8008_54e7);
     }
 
     #[test]

@@ -39,11 +39,13 @@ mod ioctl;
 mod name;
 mod offload;
 mod queue;
+mod vnet_hash;
 
 pub use error::TapError;
 pub use name::TapName;
 pub use offload::Offloads;
 pub use queue::TapQueue;
+pub use vnet_hash::{HashAbi, KernelHash, KernelRss, VnetHashArgument, VnetHashError};
 
 /// The character device behind all taps.
 const TUN_DEVICE: &str = "/dev/net/tun";
@@ -246,6 +248,18 @@ fn open_first_of_many(name: &TapName) -> Result<TapQueue, TapError> {
     }
 }
 
+/// Opens [`TUN_DEVICE`] to ask what the kernel can do: it is no queue of any interface.
+fn open_unattached() -> Result<OwnedFd, TapError> {
+    use rustix::fs::{Mode, OFlags, open};
+    open(TUN_DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(no_tun_device)
+}
+
+fn no_tun_device(errno: Errno) -> TapError {
+    TapError::NoTunDevice {
+        source: errno.into(),
+    }
+}
+
 /// Where opening a queue failed.
 enum Attach {
     /// At [`TUN_DEVICE`].
@@ -311,12 +325,8 @@ impl KernelFeatures {
     /// # Errors
     /// `/dev/net/tun` cannot be opened or gives no answer.
     pub fn probe() -> Result<Self, TapError> {
-        use rustix::fs::{Mode, OFlags, open};
-        let failed = |errno: Errno| TapError::NoTunDevice {
-            source: errno.into(),
-        };
-        let fd = open(TUN_DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
-        let features = ioctl::tun_get_features(&fd).map_err(failed)?;
+        let fd = open_unattached()?;
+        let features = ioctl::tun_get_features(&fd).map_err(no_tun_device)?;
         let has = |flag| features & u32::from(flag) != 0;
         Ok(Self {
             headers: has(ioctl::IFF_VNET_HDR),

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
 
-use super::{Offloads, TapError, TapName, ioctl};
+use super::{HashAbi, KernelHash, Offloads, TapError, TapName, VnetHashError, ioctl, vnet_hash};
 use crate::header::HeaderSize;
 
 /// One queue of a tap: packets to and from the host, each behind a virtio-net header.
@@ -74,7 +74,30 @@ impl TapQueue {
         })
     }
 
+    /// Has the kernel hash, steer and report as `hash` says, on all queues of the interface.
+    ///
+    /// The header size comes first: a report needs [`HeaderSize::V1Hash`]. What is asked for is
+    /// refused unless the patches are known to do it right (see [`KernelHash`]).
+    ///
+    /// # Errors
+    /// [`VnetHashError`]: hash and steer otherwise.
+    pub fn set_vnet_hash(&self, abi: HashAbi, hash: &KernelHash<'_>) -> Result<(), VnetHashError> {
+        vnet_hash::set(self, abi, hash)
+    }
+
+    /// Ends what [`set_vnet_hash`](Self::set_vnet_hash) began.
+    ///
+    /// # Errors
+    /// The kernel's; or there is no such interface, by `abi`.
+    pub fn clear_vnet_hash(&self, abi: HashAbi) -> Result<(), VnetHashError> {
+        vnet_hash::clear(self, abi)
+    }
+
     /// Lets the interface use this queue (again).
+    ///
+    /// The kernel numbers attached queues in the order of their attachment, and moves the last
+    /// into the place of one that is detached. To keep the numbers by which packets are steered,
+    /// detach from the last queue down and attach from the first up.
     ///
     /// # Errors
     /// [`TapError::FixedQueue`], or the kernel's.
