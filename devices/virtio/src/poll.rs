@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::event::Timespec;
 pub(crate) use rustix::event::epoll::EventFlags;
@@ -53,18 +54,21 @@ impl Poll {
     }
 
     /// Waits for events, not at all if `busy`, and hands each to `each`.
-    pub(crate) fn wait(
+    pub(crate) fn wait(&mut self, busy: bool, each: impl FnMut(u64, EventFlags)) -> io::Result<()> {
+        self.wait_for(busy.then_some(Duration::ZERO), each)
+    }
+
+    /// Waits for events, at most for `timeout`, and hands each to `each`.
+    pub(crate) fn wait_for(
         &mut self,
-        busy: bool,
+        timeout: Option<Duration>,
         mut each: impl FnMut(u64, EventFlags),
     ) -> io::Result<()> {
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
+        // Only a time of centuries does not fit, and that is as good as none.
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         self.ready.clear();
         let buffer = rustix::buffer::spare_capacity(&mut self.ready);
-        match epoll::wait(&self.epoll, buffer, busy.then_some(&now)) {
+        match epoll::wait(&self.epoll, buffer, timeout.as_ref()) {
             // A signal: the caller comes back.
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),

@@ -3,7 +3,7 @@
 
 use net_util::ctrl::{
     ACK_ERR, ACK_OK, CLASS_ANNOUNCE, CLASS_GUEST_OFFLOADS, CLASS_MQ, CommandHeader, CtrlError,
-    GUEST_OFFLOADS_SET, MAX_MQ_BODY_BYTES, MqCommand, MqLimits, parse_guest_offloads,
+    GUEST_OFFLOADS_SET, MAX_MQ_BODY_BYTES, MqCommand, MqLimits, RssConfig, parse_guest_offloads,
 };
 use net_util::hash::HashConfig;
 use vm_migration::memory::GuestMemory;
@@ -19,12 +19,14 @@ const COMMAND_BYTES: usize = size_of::<CommandHeader>() + MAX_MQ_BODY_BYTES;
 const ANNOUNCE_ACK: u8 = 0;
 
 /// What a driver may ask for, given what it negotiated.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Command {
     /// Use the first so many queue pairs.
     Pairs(u16),
-    /// Hash so.
+    /// Hash so, and leave it to the host which queue a packet goes to.
     Hash(HashConfig),
+    /// Hash so, and steer by the hash.
+    Rss(RssConfig),
     /// Have these offloads on, as feature bits, and no other.
     Offloads(u64),
     /// The driver has announced the guest to the network.
@@ -84,8 +86,7 @@ impl<T: Target> Control<T> {
             (CLASS_MQ, command) => match MqCommand::parse(command, body, &self.limits)? {
                 MqCommand::Pairs(pairs) => Ok(Command::Pairs(pairs)),
                 MqCommand::Hash(config) => Ok(Command::Hash(config)),
-                // Not offered, so the parser never gives it.
-                MqCommand::Rss(_) => Err(unavailable),
+                MqCommand::Rss(config) => Ok(Command::Rss(config)),
             },
             (CLASS_GUEST_OFFLOADS, GUEST_OFFLOADS_SET)
                 if self.features & features::CTRL_GUEST_OFFLOADS != 0 =>

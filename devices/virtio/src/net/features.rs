@@ -36,6 +36,8 @@ pub const GUEST_ANNOUNCE: u64 = 1 << uapi::VIRTIO_NET_F_GUEST_ANNOUNCE;
 pub const MQ: u64 = 1 << uapi::VIRTIO_NET_F_MQ;
 /// `VIRTIO_NET_F_HASH_REPORT`: headers have a hash.
 pub const HASH_REPORT: u64 = 1 << uapi::VIRTIO_NET_F_HASH_REPORT;
+/// `VIRTIO_NET_F_RSS`: the driver says by a table which queue a packet's hash goes to.
+pub const RSS: u64 = 1 << uapi::VIRTIO_NET_F_RSS;
 
 /// The features that large and unfinished packets need on the host's side.
 pub(crate) const OFFLOADS: u64 = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN | GUEST_OFFLOADS;
@@ -44,7 +46,7 @@ pub(crate) const OFFLOADS: u64 = CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN | GUEST
 pub(super) const GUEST_OFFLOADS: u64 = GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN;
 
 /// Section 5.1.3.1, feature bit requirements: (feature, one of these is needed, message).
-const REQUIREMENTS: [(u64, u64, &str); 11] = [
+const REQUIREMENTS: [(u64, u64, &str); 12] = [
     (GUEST_TSO4, GUEST_CSUM, "GUEST_TSO4 without GUEST_CSUM"),
     (GUEST_TSO6, GUEST_CSUM, "GUEST_TSO6 without GUEST_CSUM"),
     (
@@ -63,6 +65,7 @@ const REQUIREMENTS: [(u64, u64, &str); 11] = [
         "CTRL_GUEST_OFFLOADS without CTRL_VQ",
     ),
     (HASH_REPORT, CTRL_VQ, "HASH_REPORT without CTRL_VQ"),
+    (RSS, CTRL_VQ, "RSS without CTRL_VQ"),
     (GUEST_ANNOUNCE, STATUS, "GUEST_ANNOUNCE without STATUS"),
 ];
 

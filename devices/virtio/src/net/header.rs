@@ -1,130 +1,232 @@
-//! What the device writes into the header of a received packet.
+//! What the device writes into the header of a received packet, and which queue the packet is for.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use net_util::flow::HEAD_BYTES;
-use net_util::hash::HashConfig;
-use net_util::header::HeaderSize;
-use net_util::toeplitz::PacketHasher;
+use net_util::ctrl::RssConfig;
+use net_util::header::{HeaderSize, HeaderV1Hash};
+use net_util::toeplitz::{PacketHash, PacketHasher};
 use parking_lot::Mutex;
 use vm_migration::memory::GuestMemory;
 
 use super::buffers::RxBuffers;
 use super::counters::PairCounters;
+use super::runtime::Hashing;
 use crate::queue::RingError;
 
 /// Offset of `num_buffers`, the first field that the host does not fill in.
 const NUM_BUFFERS: usize = 10;
+/// Bytes from `num_buffers` to the end of the longer header, which lie side by side.
+const OWN_FIELDS: usize = HeaderSize::V1Hash.bytes() - NUM_BUFFERS;
+/// Bytes of the header without a hash.
+pub(super) const PLAIN: usize = HeaderSize::V1.bytes();
+/// Bytes of the header with one.
+pub(super) const WITH_HASH: usize = HeaderSize::V1Hash.bytes();
 
-/// Finishes headers. The kind is chosen at activation, so a device without hash reports has no
-/// trace of them on its path.
+/// What is to be known of a packet before it is given to the guest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Judged {
+    /// Its hash.
+    pub(super) hash: PacketHash,
+    /// The queue pair it is for.
+    pub(super) queue: u16,
+}
+
+/// Finishes headers. The kind is chosen at activation, so a device without hashes has no trace of
+/// them on its path.
 pub(super) trait RxHeader: Send + 'static {
     /// Bytes of a header.
     const BYTES: usize;
+    /// Whether the frame is to be looked at ([`judge`](Self::judge)).
+    const HASHES: bool;
+    /// Whether a packet may be for another queue than the one it came from.
+    const STEERS: bool;
 
-    /// Completes the header of the packet of `len` bytes at the start of `buffers`, which goes
-    /// into `num_buffers` of them.
+    /// Judges a packet whose frame starts with `head` and came from queue `here`.
+    fn judge(&mut self, head: &[u8], here: u16) -> Judged;
+
+    /// Puts `hash` into the header that `packet`, which is not in guest memory, starts with.
+    fn put_hash(&self, packet: &mut [u8], hash: PacketHash);
+
+    /// Completes the header of the packet at the start of `buffers`, which goes into
+    /// `num_buffers` of them.
     fn finish(
         &mut self,
         memory: &GuestMemory,
         buffers: &RxBuffers,
-        len: usize,
         num_buffers: u16,
+        hash: PacketHash,
         counters: &PairCounters,
     ) -> Result<(), RingError>;
 }
 
-/// The 12-byte header.
+/// The 12-byte header, with nothing hashed.
 #[derive(Debug)]
 pub(super) struct Plain;
 
 impl RxHeader for Plain {
-    const BYTES: usize = HeaderSize::V1.bytes();
+    const BYTES: usize = PLAIN;
+    const HASHES: bool = false;
+    const STEERS: bool = false;
+
+    fn judge(&mut self, _head: &[u8], here: u16) -> Judged {
+        Judged {
+            queue: here,
+            ..Judged::default()
+        }
+    }
+
+    fn put_hash(&self, _packet: &mut [u8], _hash: PacketHash) {}
 
     fn finish(
         &mut self,
         memory: &GuestMemory,
         buffers: &RxBuffers,
-        _len: usize,
         num_buffers: u16,
+        _hash: PacketHash,
         _counters: &PairCounters,
     ) -> Result<(), RingError> {
         buffers.write_at(memory, NUM_BUFFERS, &num_buffers.to_le_bytes())
     }
 }
 
-/// The guest's hash configuration, from the control queue to the pairs' workers.
+/// What the driver set about hashes and queues, made ready.
 #[derive(Debug)]
-pub(super) struct HashCell {
-    /// Counts the changes, so that a worker need not take the lock for each packet.
-    changes: AtomicU64,
-    hasher: Mutex<Arc<PacketHasher>>,
+pub(super) struct Classifier {
+    hasher: PacketHasher,
+    table: Option<RssConfig>,
+    /// Queue pairs in use.
+    pairs: u16,
 }
 
-impl HashCell {
-    pub(super) fn new(config: &HashConfig) -> Self {
+impl Classifier {
+    pub(super) fn new(hashing: &Hashing, pairs: u16) -> Self {
+        let table = match hashing {
+            Hashing::Automatic(_) => None,
+            Hashing::Table(config) => Some(config.clone()),
+        };
         Self {
-            changes: AtomicU64::new(0),
-            hasher: Mutex::new(Arc::new(PacketHasher::new(config))),
+            hasher: PacketHasher::new(hashing.config()),
+            table,
+            pairs: pairs.max(1),
         }
     }
 
-    /// From the next packet on, hashes are by `config`.
-    pub(super) fn set(&self, config: &HashConfig) {
-        // The table is made before the lock is taken.
-        let hasher = Arc::new(PacketHasher::new(config));
-        *self.hasher.lock() = hasher;
-        // Release: who sees the count sees the hasher.
+    fn judge(&self, head: &[u8], here: u16) -> Judged {
+        let hash = self.hasher.hash_frame(head);
+        let queue = match &self.table {
+            Some(table) => table.queue_for(hash),
+            // The tap chose, but it may have done so when more pairs were in use.
+            None if here < self.pairs => here,
+            None => here % self.pairs,
+        };
+        Judged { hash, queue }
+    }
+}
+
+/// The classifier that holds, from the control queue to the pairs' workers.
+#[derive(Debug)]
+pub(super) struct ClassifierCell {
+    /// Counts the changes, so that a worker need not take the lock for each packet.
+    changes: AtomicU64,
+    now: Mutex<Arc<Classifier>>,
+}
+
+impl ClassifierCell {
+    pub(super) fn new(hashing: &Hashing, pairs: u16) -> Self {
+        Self {
+            changes: AtomicU64::new(0),
+            now: Mutex::new(Arc::new(Classifier::new(hashing, pairs))),
+        }
+    }
+
+    /// From the next packet that is read on, `hashing` holds, and `pairs` pairs are in use.
+    pub(super) fn set(&self, hashing: &Hashing, pairs: u16) {
+        // The hash's table is made before the lock is taken.
+        let new = Arc::new(Classifier::new(hashing, pairs));
+        *self.now.lock() = new;
+        // Release: who sees the count sees the classifier.
         self.changes.fetch_add(1, Ordering::Release);
     }
 }
 
-/// The 20-byte header, with the hash calculated here.
+/// Headers of `BYTES` bytes for packets that are hashed here: for the report, which only the
+/// longer header has, and, if `STEERS`, to choose the queue.
 #[derive(Debug)]
-pub(super) struct Hashed {
-    cell: Arc<HashCell>,
+pub(super) struct Hashed<const BYTES: usize, const STEERS: bool> {
+    cell: Arc<ClassifierCell>,
     seen: u64,
-    hasher: Arc<PacketHasher>,
+    now: Arc<Classifier>,
 }
 
-impl Hashed {
-    pub(super) fn new(cell: Arc<HashCell>) -> Self {
+impl<const BYTES: usize, const STEERS: bool> Hashed<BYTES, STEERS> {
+    pub(super) fn new(cell: Arc<ClassifierCell>) -> Self {
         let seen = cell.changes.load(Ordering::Acquire);
-        let hasher = Arc::clone(&cell.hasher.lock());
-        Self { cell, seen, hasher }
+        let now = Arc::clone(&cell.now.lock());
+        Self { cell, seen, now }
     }
 }
 
-impl RxHeader for Hashed {
-    const BYTES: usize = HeaderSize::V1Hash.bytes();
+/// `num_buffers` and, behind it, the report.
+fn own_fields(num_buffers: u16, hash: PacketHash) -> [u8; OWN_FIELDS] {
+    let [n0, n1] = num_buffers.to_le_bytes();
+    let [v0, v1, v2, v3] = hash.value.to_le_bytes();
+    let [r0, r1] = hash.report.code().to_le_bytes();
+    [n0, n1, v0, v1, v2, v3, r0, r1, 0, 0]
+}
+
+impl<const BYTES: usize, const STEERS: bool> RxHeader for Hashed<BYTES, STEERS> {
+    const BYTES: usize = BYTES;
+    const HASHES: bool = true;
+    const STEERS: bool = STEERS;
+
+    fn judge(&mut self, head: &[u8], here: u16) -> Judged {
+        let changes = self.cell.changes.load(Ordering::Acquire);
+        if changes != self.seen {
+            self.seen = changes;
+            self.now = Arc::clone(&self.cell.now.lock());
+        }
+        self.now.judge(head, here)
+    }
+
+    fn put_hash(&self, packet: &mut [u8], hash: PacketHash) {
+        if BYTES == WITH_HASH
+            && let Some(fields) = packet.get_mut(NUM_BUFFERS..WITH_HASH)
+        {
+            fields.copy_from_slice(&own_fields(1, hash));
+        }
+    }
 
     fn finish(
         &mut self,
         memory: &GuestMemory,
         buffers: &RxBuffers,
-        len: usize,
         num_buffers: u16,
+        hash: PacketHash,
         counters: &PairCounters,
     ) -> Result<(), RingError> {
-        let changes = self.cell.changes.load(Ordering::Acquire);
-        if changes != self.seen {
-            self.seen = changes;
-            self.hasher = Arc::clone(&self.cell.hasher.lock());
+        if BYTES == WITH_HASH {
+            counters.reported(hash.report);
+            return buffers.write_at(memory, NUM_BUFFERS, &own_fields(num_buffers, hash));
         }
-        // The frame is read back from guest memory, which the guest may change under us: all it
-        // gets from that is a wrong hash. The copy is parsed, never the original.
-        let mut head = [0; HEAD_BYTES];
-        let frame = len.saturating_sub(Self::BYTES).min(HEAD_BYTES);
-        let head = head.get_mut(..frame).unwrap_or_default();
-        let got = buffers.read_at(memory, Self::BYTES, head)?;
-        let hash = self.hasher.hash_frame(head.get(..got).unwrap_or_default());
-        counters.reported(hash.report);
-        // num_buffers, hash_value, hash_report and padding lie side by side.
-        let [n0, n1] = num_buffers.to_le_bytes();
-        let [v0, v1, v2, v3] = hash.value.to_le_bytes();
-        let [r0, r1] = hash.report.code().to_le_bytes();
-        let fields = [n0, n1, v0, v1, v2, v3, r0, r1, 0, 0];
-        buffers.write_at(memory, NUM_BUFFERS, &fields)
+        buffers.write_at(memory, NUM_BUFFERS, &num_buffers.to_le_bytes())
     }
+}
+
+/// Completes the header of a packet that was put into `buffers` as a whole, its hash included.
+pub(super) fn finish_kept<H: RxHeader>(
+    memory: &GuestMemory,
+    buffers: &RxBuffers,
+    num_buffers: u16,
+    packet: &[u8],
+    counters: &PairCounters,
+) -> Result<(), RingError> {
+    // The report is behind the hash.
+    let report = HeaderV1Hash::HASH_OFFSET + 4;
+    if H::BYTES == WITH_HASH
+        && let Some(&[low, high]) = packet.get(report..report + 2)
+    {
+        counters.reported_code(u16::from_le_bytes([low, high]));
+    }
+    buffers.write_at(memory, NUM_BUFFERS, &num_buffers.to_le_bytes())
 }

@@ -11,20 +11,36 @@
 //! packet's hash is calculated with the driver's key and types and put there. Otherwise the
 //! receive path is compiled without any of it and headers are the plain 12 bytes.
 //!
+//! # Receive-side scaling
+//! With [`NetOptions::rss`] the device offers `VIRTIO_NET_F_RSS`: the driver says by a table which
+//! queue pair a packet's hash goes to. Each worker looks a packet it read up in that table and, if
+//! the tap gave it to the wrong queue, hands it to the right worker (`exchange.rs`), so
+//! steering is right whatever the tap does; the closer the tap comes, the fewer copies there are.
+//! A new table takes effect with the next packet that is read. Of the commands of the class
+//! `VIRTIO_NET_CTRL_MQ` the last one that succeeded holds: after `VQ_PAIRS_SET` or `HASH_CONFIG`
+//! the tap chooses again, after the former among the pairs it names and with hashes reported as
+//! before.
+//!
 //! # Migration
-//! The state is what the driver set on the control queue. A destination sets header size,
-//! offloads and attached queues on its own tap at activation, and asks a driver that negotiated
-//! `VIRTIO_NET_F_GUEST_ANNOUNCE` to announce itself, so that switches learn the new place.
+//! The state is what the driver set on the control queue, and packets that were read and wait for
+//! buffers of the driver's (bounded: `Exchange::most_bytes`), so that none is lost. A destination
+//! sets header size, offloads and attached queues on its own tap at activation, and asks a driver
+//! that negotiated `VIRTIO_NET_F_GUEST_ANNOUNCE` to announce itself, so that switches learn the new
+//! place; for another it sends frames in the guest's name (`announce.rs`).
 
+mod announce;
 mod backend;
 mod buffers;
 mod counters;
 pub(crate) mod ctrl;
+mod exchange;
 pub mod features;
 mod header;
+mod lane;
 mod pair;
 pub(crate) mod runtime;
 mod rx;
+mod state;
 #[cfg(test)]
 mod tests;
 mod tx;
@@ -47,13 +63,18 @@ use crate::device::{
     Activation, DeviceError, DeviceType, VirtioDevice, feature, read_config_bytes,
 };
 use crate::queue::{MAX_QUEUE_SIZE, Queue};
-use runtime::{NetState, Runtime, STATE_VERSION, Shared};
+use announce::Announcer;
+use exchange::{Batch, Exchange};
+use runtime::{Runtime, Shared};
+use state::{NetState, STATE_VERSION};
 use workers::Workers;
 
 /// Most queue pairs: with the control queue they still fit the transport's 255 queues.
 pub const MAX_PAIRS: u16 = 127;
 /// Size of the control queue.
 pub(crate) const CTRL_QUEUE_SIZE: u16 = 64;
+/// Most bytes that packets which wait take in a card's saved state.
+pub(crate) const MAX_WAITING_BYTES: usize = Exchange::most_bytes(MAX_PAIRS as usize);
 /// Bytes of the configuration the driver sees: all up to `supported_hash_types`.
 const CONFIG_LEN: u16 = 24;
 
@@ -73,6 +94,10 @@ pub struct NetOptions {
     pub offloads: bool,
     /// Whether hash reports are offered.
     pub hash_report: bool,
+    /// Whether receive-side scaling is offered.
+    pub rss: bool,
+    /// Types of hashes that are offered with either.
+    pub hash_types: HashTypes,
 }
 
 /// Why a network card could not be made.
@@ -94,6 +119,15 @@ pub enum NetError {
         /// What was asked for.
         size: u16,
     },
+    /// The host has no eventfds left to wake the threads of queues with.
+    #[error("{id}: no eventfd for each queue pair; raise the limit of open files")]
+    Wake {
+        /// Which card.
+        id: String,
+        /// What the host said.
+        #[source]
+        cause: std::io::Error,
+    },
 }
 
 /// The network card.
@@ -102,12 +136,15 @@ pub struct Net {
     mac: [u8; 6],
     mtu: Option<u16>,
     features: u64,
-    hash_report: bool,
+    /// Types of hashes that are offered; none if hashes are not.
+    hash_types: HashTypes,
     queue_sizes: Vec<u16>,
     max_pairs: u16,
     shared: Arc<Shared>,
     counters: Arc<NetCounters>,
     workers: Option<Workers>,
+    /// The guest arrived here, and the network has not been told that in full.
+    announcer: Option<Announcer>,
 }
 
 impl Net {
@@ -123,6 +160,8 @@ impl Net {
             queue_size,
             offloads,
             hash_report,
+            rss,
+            hash_types,
         } = options;
         let pairs = backends.len();
         let max_pairs = match u16::try_from(pairs) {
@@ -150,22 +189,33 @@ impl Net {
             (mtu.is_some(), features::MTU),
             (max_pairs > 1, features::MQ),
             (hash_report, features::HASH_REPORT),
+            (rss, features::RSS),
         ] {
             if offer {
                 offered |= bits;
             }
         }
+        let exchange = match rss.then(|| Exchange::new(pairs)).transpose() {
+            Ok(exchange) => exchange.map(Arc::new),
+            Err(cause) => return Err(NetError::Wake { id, cause }),
+        };
+        let hash_types = if hash_report || rss {
+            hash_types
+        } else {
+            HashTypes::NONE
+        };
         Ok(Self {
             id,
             mac,
             mtu,
             features: offered,
-            hash_report,
+            hash_types,
             queue_sizes,
             max_pairs,
-            shared: Arc::new(Shared::new(backends)),
+            shared: Arc::new(Shared::new(backends, exchange)),
             counters: Arc::new(NetCounters::new(pairs)),
             workers: None,
+            announcer: None,
         })
     }
 
@@ -193,8 +243,8 @@ impl Net {
             mtu: U16::new(self.mtu.unwrap_or(0)),
             ..NetConfig::default()
         };
-        if self.hash_report {
-            config.offer_hash(HashTypes::ALL);
+        if self.features & (features::HASH_REPORT | features::RSS) != 0 {
+            config.offer_hash(self.hash_types);
         }
         config
     }
@@ -233,9 +283,9 @@ impl Net {
     fn limits(&self, features: u64) -> MqLimits {
         MqLimits {
             max_pairs: self.max_pairs,
-            hash_types: HashTypes::ALL,
+            hash_types: self.hash_types,
             multi_queue: features & features::MQ != 0,
-            rss: false,
+            rss: features & features::RSS != 0,
             hash_report: features & features::HASH_REPORT != 0,
         }
     }
@@ -282,12 +332,14 @@ impl VirtioDevice for Net {
         let features = activation.features;
         self.prepare_backend(features)?;
         let interrupt = Arc::clone(&activation.interrupt);
+        let announces_itself = features & features::GUEST_ANNOUNCE != 0;
         let workers = Workers::start(
             &self.id,
             activation,
             self.limits(features),
             &self.shared,
             &self.counters,
+            self.announcer.take().filter(|_| !announces_itself),
         )?;
         self.workers = Some(workers);
         if features & features::GUEST_ANNOUNCE == 0 {
@@ -299,15 +351,19 @@ impl VirtioDevice for Net {
     }
 
     fn deactivate(&mut self) -> Result<Vec<Queue>, DeviceError> {
-        match self.workers.take() {
-            Some(workers) => workers.stop(&self.id),
-            None => Ok(Vec::new()),
-        }
+        let Some(workers) = self.workers.take() else {
+            return Ok(Vec::new());
+        };
+        let stopped = workers.stop(&self.id, &self.shared)?;
+        self.announcer = stopped.announcer;
+        Ok(stopped.queues)
     }
 
     fn reset(&mut self) {
         // Dropping the workers joins them.
         self.workers = None;
+        self.announcer = None;
+        self.shared.forget_waiting();
         self.shared.replace(Runtime::default());
     }
 
@@ -318,6 +374,7 @@ impl VirtioDevice for Net {
             mac: self.mac,
             mtu: self.mtu,
             runtime: self.shared.runtime(),
+            waiting: self.shared.waiting(),
         };
         postcard::to_stdvec(&state).map_err(|error| DeviceError::BadState {
             device: self.id.clone(),
@@ -331,16 +388,8 @@ impl VirtioDevice for Net {
             device: self.id.clone(),
             reason,
         };
-        let (version, _) = postcard::take_from_bytes::<u16>(state)
-            .map_err(|error| bad(format!("no version: {error}")))?;
-        if version != STATE_VERSION {
-            return Err(bad(format!(
-                "version {version}, this build reads version {STATE_VERSION}"
-            )));
-        }
-        let state: NetState =
-            postcard::from_bytes(state).map_err(|error| bad(format!("malformed: {error}")))?;
-        state.check(self.max_pairs).map_err(bad)?;
+        let state = NetState::read(state).map_err(bad)?;
+        state.check(&self.limits(self.features)).map_err(bad)?;
         if state.mtu != self.mtu {
             return Err(bad(format!(
                 "the guest was told an MTU of {:?}, the device here has {:?}: configure the same",
@@ -348,6 +397,13 @@ impl VirtioDevice for Net {
             )));
         }
         self.mac = state.mac;
+        self.announcer = Some(Announcer::new(state.mac));
+        self.shared.forget_waiting();
+        for (pair, packets) in &state.waiting {
+            let mut batch = Batch::default();
+            packets.iter().for_each(|packet| batch.push_copy(packet));
+            self.shared.put_waiting(*pair, batch);
+        }
         self.shared.replace(Runtime {
             // Switches know the guest at the source's port.
             announce: true,

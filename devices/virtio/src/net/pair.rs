@@ -1,17 +1,21 @@
 //! The worker of one queue pair.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use vm_memory::GuestAddressSpace;
 use vm_migration::memory::{GuestMemory, MemoryHandle};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::announce::Announcer;
 use super::backend::NetBackend;
 use super::counters::{NetCounters, PairCounters};
+use super::exchange::{Batch, Exchange};
 use super::header::RxHeader;
+use super::lane::Lane;
 use super::rx::{Receiver, Rest};
 use super::tx::Sender;
-use crate::device::{ActiveQueue, DeviceInterrupt};
+use crate::device::DeviceInterrupt;
 use crate::poll::{EventFlags, Poll, clear};
 use crate::queue::{Queue, RingError};
 use crate::server::WorkError;
@@ -21,6 +25,7 @@ const STOP: u64 = 0;
 const RX_KICK: u64 = 1;
 const TX_KICK: u64 = 2;
 const BACKEND: u64 = 3;
+const INBOX: u64 = 4;
 
 /// What every pair of a device has in common.
 #[derive(Clone)]
@@ -29,37 +34,52 @@ pub(super) struct PairContext {
     pub(super) interrupt: Arc<dyn DeviceInterrupt>,
     pub(super) counters: Arc<NetCounters>,
     pub(super) mergeable: bool,
+    /// Where packets for other pairs go, if there may be some.
+    pub(super) exchange: Option<Arc<Exchange>>,
+    /// Pairs of the device.
+    pub(super) pairs: u16,
+}
+
+/// What a worker begins with, and leaves when it ends.
+pub(super) struct PairParts<H> {
+    pub(super) rx: Queue,
+    pub(super) tx: Queue,
+    /// How to finish headers.
+    pub(super) header: H,
+    /// Packets that were read and not delivered yet.
+    pub(super) kept: Batch,
+    /// Announces the guest, if that is to be done here.
+    pub(super) announcer: Option<Announcer>,
 }
 
 /// The worker: it moves packets between its two queues and its backend until it is stopped, and
 /// keeps the queues for whoever stops it.
 pub(super) struct PairWork<H> {
     /// Number of the pair.
-    index: usize,
+    index: u16,
     context: PairContext,
     backend: Arc<dyn NetBackend>,
     rx_kick: EventFd,
     tx_kick: EventFd,
-    /// Receive and transmit queue and how to finish headers, while the worker does not run.
-    parts: Option<(Queue, Queue, H)>,
+    /// While the worker does not run.
+    parts: Option<PairParts<H>>,
 }
 
 impl<H: RxHeader> PairWork<H> {
     pub(super) fn new(
-        index: usize,
+        index: u16,
         context: PairContext,
         backend: Arc<dyn NetBackend>,
-        queues: (ActiveQueue, ActiveQueue),
-        header: H,
+        (rx_kick, tx_kick): (EventFd, EventFd),
+        parts: PairParts<H>,
     ) -> Self {
-        let (rx, tx) = queues;
         Self {
             index,
             context,
             backend,
-            rx_kick: rx.kick,
-            tx_kick: tx.kick,
-            parts: Some((rx.queue, tx.queue, header)),
+            rx_kick,
+            tx_kick,
+            parts: Some(parts),
         }
     }
 
@@ -79,6 +99,10 @@ impl<H: RxHeader> PairWork<H> {
             EventFlags::IN | EventFlags::ET,
         )
         .map_err(host)?;
+        let inbox = self.inbox();
+        if let Some(inbox) = inbox {
+            poll.add_event(inbox, INBOX).map_err(host)?;
+        }
         let mut stopped = false;
         while !stopped {
             let more = pair.work(&self.context, self.backend.as_ref())?;
@@ -89,7 +113,12 @@ impl<H: RxHeader> PairWork<H> {
                 poll.rearm(self.backend.as_fd(), BACKEND, events)
                     .map_err(host)?;
             }
-            poll.wait(more, |token, events| match token {
+            let timeout = if more {
+                Some(Duration::ZERO)
+            } else {
+                pair.timeout()
+            };
+            poll.wait_for(timeout, |token, events| match token {
                 STOP => stopped = true,
                 RX_KICK => {
                     clear(&self.rx_kick);
@@ -99,6 +128,7 @@ impl<H: RxHeader> PairWork<H> {
                     clear(&self.tx_kick);
                     pair.sender.kicked = true;
                 }
+                INBOX => inbox.into_iter().for_each(clear),
                 _ => pair.backend_event(events),
             })
             .map_err(WorkError::wait)?;
@@ -106,42 +136,60 @@ impl<H: RxHeader> PairWork<H> {
         Ok(())
     }
 
-    /// The two queues back, receive queue first.
-    pub(super) fn into_queues(self) -> Vec<Queue> {
-        self.parts
-            .map(|(rx, tx, _)| vec![rx, tx])
-            .unwrap_or_default()
+    fn inbox(&self) -> Option<&EventFd> {
+        self.context.exchange.as_ref()?.wake(self.index)
+    }
+
+    /// Number of the pair, and what the worker left.
+    pub(super) fn into_parts(self) -> (u16, Option<PairParts<H>>) {
+        (self.index, self.parts)
+    }
+
+    fn lane(&self, kept: &Batch) -> Option<Lane> {
+        let exchange = self.context.exchange.as_ref().filter(|_| H::STEERS)?;
+        let (here, pairs) = (self.index, self.context.pairs);
+        Some(Lane::new(here, pairs, Arc::clone(exchange), kept))
     }
 }
 
 impl<H: RxHeader> Work for PairWork<H> {
     fn run(&mut self, stop: &EventFd) {
-        let counters = Arc::clone(&self.context.counters);
-        let Some((rx, tx, header)) = self.parts.take() else {
+        let all = Arc::clone(&self.context.counters);
+        let Some(counters) = all.pair(usize::from(self.index)) else {
             return;
         };
-        let Some(counters) = counters.pair(self.index) else {
-            self.parts = Some((rx, tx, header));
+        let Some(parts) = self.parts.take() else {
             return;
         };
-        let memory = self.context.memory.memory().into_inner();
+        let lane = self.lane(&parts.kept);
+        let mergeable = self.context.mergeable;
         let mut pair = Pair {
-            memory,
-            receiver: Receiver::new(rx, header, self.context.mergeable),
-            sender: Sender::new(tx, H::BYTES),
+            memory: self.context.memory.memory().into_inner(),
+            receiver: Receiver::new(parts.rx, parts.header, mergeable, parts.kept, lane),
+            sender: Sender::new(parts.tx, H::BYTES),
             iovecs: Vec::new(),
             counters,
             blocked: false,
+            announcer: parts.announcer,
         };
         if let Err(error) = self.serve(&mut pair, stop) {
+            pair.receiver.close();
             self.context.interrupt.needs_reset(&error);
         }
-        pair.receiver.give_back(counters);
         let Pair {
-            receiver, sender, ..
+            receiver,
+            sender,
+            announcer,
+            ..
         } = pair;
-        let (rx, header) = receiver.into_parts();
-        self.parts = Some((rx, sender.queue, header));
+        let (rx, header, kept) = receiver.into_parts();
+        self.parts = Some(PairParts {
+            rx,
+            tx: sender.queue,
+            header,
+            kept,
+            announcer,
+        });
     }
 }
 
@@ -155,6 +203,7 @@ struct Pair<'a, H> {
     counters: &'a PairCounters,
     /// The last burst found that the backend has no more room for what the guest sends.
     blocked: bool,
+    announcer: Option<Announcer>,
 }
 
 impl<H: RxHeader> Pair<'_, H> {
@@ -181,14 +230,28 @@ impl<H: RxHeader> Pair<'_, H> {
         });
         let sent = ring_error(&self.sender.queue, sent)?;
         self.blocked = could_send && !self.sender.writable;
+        if let Some(announcer) = &mut self.announcer
+            && announcer.announce(backend, H::BYTES, self.counters)
+        {
+            self.announcer = None;
+        }
         Ok(received == Rest::More || sent == Rest::More)
+    }
+
+    /// How long to sleep at most.
+    fn timeout(&self) -> Option<Duration> {
+        let announcer = self.announcer.as_ref().map(Announcer::timeout);
+        [self.receiver.timeout(), announcer]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Takes up guest memory that was replaced since the last burst.
     fn follow_memory(&mut self, memory: &MemoryHandle) {
         let now = memory.memory();
         if !std::ptr::eq(&raw const *now, Arc::as_ptr(&self.memory)) {
-            self.receiver.give_back(self.counters);
+            self.receiver.give_back();
             self.memory = now.into_inner();
         }
     }

@@ -1,31 +1,55 @@
-//! What the driver sets at runtime, shared by the device, its control queue and its workers; and
-//! the saved state, which is just that.
+//! What the driver sets at runtime, shared by the device, its control queue and its workers.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
 use net_util::config::{STATUS_ANNOUNCE, STATUS_LINK_UP};
-use net_util::hash::{HashConfig, HashTypes};
+use net_util::ctrl::RssConfig;
+use net_util::hash::HashConfig;
 use net_util::tap::Offloads;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::backend::NetBackend;
 use super::ctrl::{Command, Refusal, Target};
-use super::header::HashCell;
+use super::exchange::{Batch, Exchange};
+use super::header::ClassifierCell;
 
-/// Version of [`NetState`].
-pub(super) const STATE_VERSION: u16 = 1;
+/// What is hashed and who chooses the queue; the last command that set either holds.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub(super) enum Hashing {
+    /// The host chooses the queue; hashes are only reported.
+    Automatic(HashConfig),
+    /// The driver's table does, by the hash.
+    Table(RssConfig),
+}
+
+impl Hashing {
+    /// What is hashed.
+    pub(super) fn config(&self) -> &HashConfig {
+        match self {
+            Self::Automatic(config) => config,
+            Self::Table(table) => table.hash(),
+        }
+    }
+}
+
+impl Default for Hashing {
+    fn default() -> Self {
+        Self::Automatic(HashConfig::default())
+    }
+}
 
 /// Everything the driver sets; the default is the state after a reset.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(super) struct Runtime {
     /// Queue pairs in use.
     pub(super) pairs: u16,
     /// Offloads the driver chose by command, as feature bits; else those negotiated hold.
     pub(super) offloads: Option<u64>,
-    /// What is hashed.
-    pub(super) hash: HashConfig,
+    /// What is hashed, and why.
+    pub(super) hashing: Hashing,
     /// The driver has been asked to announce itself and has not yet done so.
     pub(super) announce: bool,
 }
@@ -35,34 +59,9 @@ impl Default for Runtime {
         Self {
             pairs: 1,
             offloads: None,
-            hash: HashConfig::default(),
+            hashing: Hashing::default(),
             announce: false,
         }
-    }
-}
-
-/// Saved state of a network card. Untrusted when it comes back.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub(super) struct NetState {
-    pub(super) version: u16,
-    pub(super) mac: [u8; 6],
-    pub(super) mtu: Option<u16>,
-    pub(super) runtime: Runtime,
-}
-
-impl NetState {
-    /// Whether a device with `max_pairs` can take it.
-    pub(super) fn check(&self, max_pairs: u16) -> Result<(), String> {
-        let Runtime { pairs, hash, .. } = self.runtime;
-        if !(1..=max_pairs).contains(&pairs) {
-            return Err(format!(
-                "{pairs} queue pairs are in use, the device here has {max_pairs}"
-            ));
-        }
-        if !hash.types.is_subset_of(HashTypes::ALL) {
-            return Err(format!("unknown hash types in {:?}", hash.types));
-        }
-        Ok(())
     }
 }
 
@@ -91,16 +90,22 @@ struct HostError {
 pub(super) struct Shared {
     backends: Vec<Arc<dyn NetBackend>>,
     runtime: Mutex<Runtime>,
-    pub(super) hash: Arc<HashCell>,
+    pub(super) classifier: Arc<ClassifierCell>,
+    /// The way of packets from one pair to another, if RSS is offered.
+    pub(super) exchange: Option<Arc<Exchange>>,
+    /// While the workers do not run: packets that were read and not delivered, by pair.
+    waiting: Mutex<BTreeMap<u16, Batch>>,
 }
 
 impl Shared {
-    pub(super) fn new(backends: Vec<Arc<dyn NetBackend>>) -> Self {
+    pub(super) fn new(backends: Vec<Arc<dyn NetBackend>>, exchange: Option<Arc<Exchange>>) -> Self {
         let runtime = Runtime::default();
         Self {
             backends,
-            hash: Arc::new(HashCell::new(&runtime.hash)),
+            classifier: Arc::new(ClassifierCell::new(&runtime.hashing, runtime.pairs)),
             runtime: Mutex::new(runtime),
+            exchange,
+            waiting: Mutex::default(),
         }
     }
 
@@ -109,13 +114,47 @@ impl Shared {
     }
 
     pub(super) fn runtime(&self) -> Runtime {
-        *self.runtime.lock()
+        self.runtime.lock().clone()
     }
 
     /// Replaces all settings at once; the host is told at the next activation.
     pub(super) fn replace(&self, runtime: Runtime) {
+        self.classifier.set(&runtime.hashing, runtime.pairs);
         *self.runtime.lock() = runtime;
-        self.hash.set(&runtime.hash);
+    }
+
+    /// Packets that wait for `pair` until workers run again, behind those that wait already.
+    pub(super) fn put_waiting(&self, pair: u16, packets: Batch) {
+        if !packets.is_empty() {
+            self.waiting.lock().entry(pair).or_default().append(packets);
+        }
+    }
+
+    /// Takes the packets that wait for `pair`.
+    pub(super) fn take_waiting(&self, pair: u16) -> Batch {
+        self.waiting.lock().remove(&pair).unwrap_or_default()
+    }
+
+    /// Copies of all packets that wait.
+    pub(super) fn waiting(&self) -> Vec<(u16, Vec<Vec<u8>>)> {
+        let waiting = self.waiting.lock();
+        let packets = |(pair, batch): (&u16, &Batch)| (*pair, batch.to_packets());
+        waiting.iter().map(packets).collect()
+    }
+
+    /// Forgets all packets that wait; the workers have stopped.
+    pub(super) fn forget_waiting(&self) {
+        self.collect();
+        self.waiting.lock().clear();
+    }
+
+    /// Takes what is on its way between workers, all of which have stopped.
+    pub(super) fn collect(&self) {
+        if let Some(exchange) = &self.exchange {
+            for (pair, _) in (0..).zip(&self.backends) {
+                self.put_waiting(pair, exchange.drain(pair));
+            }
+        }
     }
 
     /// The link status field of the configuration.
@@ -129,21 +168,57 @@ impl Shared {
     }
 
     pub(super) fn set_hash(&self, config: HashConfig) {
-        self.runtime.lock().hash = config;
-        self.hash.set(&config);
+        let pairs = self.runtime.lock().pairs;
+        self.publish(Hashing::Automatic(config), pairs);
     }
 
-    /// Uses the first `pairs` pairs. On error the pairs in use are as before.
+    /// From now on `hashing` holds and `pairs` are in use.
+    fn publish(&self, hashing: Hashing, pairs: u16) {
+        self.classifier.set(&hashing, pairs);
+        let mut runtime = self.runtime.lock();
+        runtime.hashing = hashing;
+        runtime.pairs = pairs;
+    }
+
+    /// Uses the first `pairs` pairs, and the host chooses among them. What is hashed stays.
     pub(super) fn set_pairs(&self, pairs: u16) -> io::Result<()> {
-        let before = self.runtime.lock().pairs;
-        if let Err(error) = self.attach(pairs) {
-            if let Err(error) = self.attach(before) {
-                tracing::error!(%error, "queues could not be put back as they were");
-            }
+        let hash = *self.runtime.lock().hashing.config();
+        self.steer(Hashing::Automatic(hash), pairs)
+    }
+
+    /// Steers by `table`.
+    pub(super) fn set_table(&self, table: RssConfig) -> io::Result<()> {
+        // What the driver sends passes the tap's queues too, so these are attached as well.
+        let pairs = table.receive_queues().max(table.transmit_queues());
+        self.steer(Hashing::Table(table), pairs)
+    }
+
+    /// Uses the first `pairs` pairs by `hashing`. On error all is as before.
+    ///
+    /// Queues that come into use are attached before packets are steered to them, and those that go
+    /// out of use are detached when packets no longer are.
+    fn steer(&self, hashing: Hashing, pairs: u16) -> io::Result<()> {
+        let before = self.runtime();
+        let both = before.pairs.max(pairs);
+        if let Err(error) = self.attach(both) {
+            self.put_back(&before);
             return Err(error);
         }
-        self.runtime.lock().pairs = pairs;
+        self.publish(hashing, pairs);
+        if both > pairs
+            && let Err(error) = self.attach(pairs)
+        {
+            self.publish(before.hashing.clone(), before.pairs);
+            self.put_back(&before);
+            return Err(error);
+        }
         Ok(())
+    }
+
+    fn put_back(&self, before: &Runtime) {
+        if let Err(error) = self.attach(before.pairs) {
+            tracing::error!(%error, "queues could not be put back as they were");
+        }
     }
 
     pub(super) fn set_offloads(&self, bits: u64, offloads: Offloads) -> io::Result<()> {
@@ -176,6 +251,9 @@ impl Target for Arc<Shared> {
                 self.set_hash(config);
                 Ok(())
             }
+            Command::Rss(table) => self
+                .set_table(table)
+                .map_err(host("attaching or detaching a queue")),
             Command::Offloads(bits) => self
                 .set_offloads(bits, Offloads::from_guest_features(bits))
                 .map_err(host("setting the offloads")),

@@ -8,6 +8,7 @@ use vm_migration::state::{Pause, SaveRestore, StateError};
 use super::common::{Phase, Registers};
 use super::{Run, VirtioPciDevice};
 use crate::device::DeviceError;
+use crate::net::MAX_WAITING_BYTES;
 
 /// Version of [`TransportState`].
 const VERSION: u16 = 1;
@@ -130,8 +131,9 @@ impl Pause for VirtioPciDevice {
 }
 
 impl SaveRestore for VirtioPciDevice {
-    /// Configuration space, 256 vectors, 255 queues and 64 KiB for the device fit with room.
-    const MAX_STATE_BYTES: usize = 128 << 10;
+    /// Configuration space, 256 vectors, 255 queues and 64 KiB for the device fit with room, and
+    /// behind that what a network card has to keep of packets.
+    const MAX_STATE_BYTES: usize = (128 << 10) + MAX_WAITING_BYTES;
 
     fn expected_bytes(&self) -> usize {
         /// Configuration space and the device's own state.

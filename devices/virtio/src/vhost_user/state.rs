@@ -88,7 +88,7 @@ impl Settings {
     }
 }
 
-/// Ferry serves the control queue itself. A backend cannot be told of hashes, nor of offloads that
+/// Ferry serves the control queue itself. A backend cannot be told of hashes and tables, nor of offloads that
 /// change, so those are not offered.
 impl Target for Arc<Settings> {
     fn carry_out(&self, command: Command) -> Result<(), Refusal> {
@@ -100,7 +100,7 @@ impl Target for Arc<Settings> {
                 self.announced();
                 Ok(())
             }
-            Command::Hash(_) | Command::Offloads(_) => Err(Refusal::NotOffered),
+            Command::Hash(_) | Command::Rss(_) | Command::Offloads(_) => Err(Refusal::NotOffered),
         }
     }
 }

@@ -1,8 +1,12 @@
 //! Save and restore under traffic.
 
+use net_util::ctrl::RssConfig;
+use net_util::hash::HashConfig;
 use vm_migration::state::{Pause, SaveRestore};
 
 use super::control::hash_config;
+use super::runtime::Hashing;
+use super::state::NetState1;
 use super::*;
 
 const FEATURES: u64 = features::CTRL_VQ
@@ -207,23 +211,183 @@ fn states_that_do_not_fit_are_refused() {
     other.options.queue_size = 8;
     let error = refusal(&other).to_string();
     assert!(error.contains("size"), "{error}");
-    let bad = Runtime {
-        pairs: 3,
-        ..Runtime::default()
-    };
-    let state = NetState {
+}
+
+/// A card's own state, with `runtime` set and these packets waiting.
+fn state(runtime: Runtime, waiting: state::Waiting) -> NetState {
+    NetState {
         version: STATE_VERSION,
         mac: MAC,
         mtu: Some(1500),
-        runtime: bad,
+        runtime,
+        waiting,
+    }
+}
+
+fn restored(host: &Host, state: &NetState) -> Result<(), String> {
+    let bytes = postcard::to_stdvec(state).unwrap();
+    let restored = host.net().restore(&bytes);
+    restored.map_err(|error| error.to_string())
+}
+
+#[test]
+fn states_of_cards_that_cannot_be_are_refused() {
+    let mut host = Host::new(2);
+    host.options.rss = true;
+    host.options.hash_types = HashTypes::from_bits(0x3f);
+    let table = |types, entries: &[u16], unclassified, transmit| {
+        let hash = HashConfig {
+            types: HashTypes::from_bits(types),
+            ..HashConfig::default()
+        };
+        Runtime {
+            hashing: Hashing::Table(
+                RssConfig::new(hash, entries.into(), unclassified, transmit).unwrap(),
+            ),
+            ..Runtime::default()
+        }
     };
-    let bytes = postcard::to_stdvec(&state).unwrap();
-    assert!(host.net().restore(&bytes).is_err());
-    let fits = NetState {
-        runtime: Runtime::default(),
+    assert_eq!(restored(&host, &state(Runtime::default(), vec![])), Ok(()));
+    assert_eq!(
+        restored(&host, &state(table(0x3f, &[0, 1], 1, 2), vec![])),
+        Ok(())
+    );
+    let packet = |len| vec![(1, vec![vec![0; len]])];
+    assert_eq!(
+        restored(&host, &state(Runtime::default(), packet(60))),
+        Ok(())
+    );
+    let pairs = |pairs| Runtime {
+        pairs,
+        ..Runtime::default()
+    };
+    let refused = [
+        (state(pairs(3), vec![]), "queue pairs"),
+        (state(pairs(0), vec![]), "queue pairs"),
+        (state(table(0x1ff, &[0, 1], 1, 2), vec![]), "hash types"),
+        (state(table(1, &[0, 2], 1, 2), vec![]), "receive queue 2"),
+        (
+            state(table(1, &[0, 1], 2, 2), vec![]),
+            "without a hash is 2",
+        ),
+        (state(table(1, &[0, 1], 1, 3), vec![]), "transmit queues"),
+        (state(table(1, &[0, 1], 1, 0), vec![]), "transmit queues"),
+        (state(Runtime::default(), packet(11)), "11 bytes waits"),
+        (
+            state(Runtime::default(), packet(70_000)),
+            "70000 bytes waits",
+        ),
+        (
+            state(Runtime::default(), vec![(2, vec![vec![0; 60]])]),
+            "queue pair 2",
+        ),
+        (
+            state(Runtime::default(), vec![(0, vec![vec![0; 60_000]; 100])]),
+            "bytes of packets wait",
+        ),
+    ];
+    for (state, reason) in refused {
+        let error = restored(&host, &state).unwrap_err();
+        assert!(error.contains(reason), "{error}");
+    }
+    let other_mtu = NetState {
         mtu: Some(9000),
-        ..state
+        ..state(Runtime::default(), vec![])
     };
-    let bytes = postcard::to_stdvec(&fits).unwrap();
-    assert!(host.net().restore(&bytes).is_err());
+    let error = restored(&host, &other_mtu).unwrap_err();
+    assert!(error.contains("MTU"), "{error}");
+    host.options.rss = false;
+    let error = restored(&host, &state(table(1, &[0, 1], 1, 2), vec![])).unwrap_err();
+    assert!(error.contains("steers by a table"), "{error}");
+}
+
+#[test]
+fn states_of_the_version_before_are_read_and_others_are_refused_by_name() {
+    let host = Host::new(2);
+    let hash = HashConfig {
+        types: HashTypes::from_bits(5),
+        key: [7; 40].into(),
+    };
+    let old = NetState1 {
+        version: 1,
+        mac: [2, 0, 0, 0, 0, 9],
+        mtu: Some(1500),
+        pairs: 2,
+        offloads: Some(3),
+        hash,
+        announce: false,
+    };
+    let mut bytes = postcard::to_stdvec(&old).unwrap();
+    let mut net = host.net();
+    net.restore(&bytes).unwrap();
+    let expected = Runtime {
+        pairs: 2,
+        offloads: Some(3),
+        hashing: Hashing::Automatic(hash),
+        announce: true,
+    };
+    assert_eq!(net.shared.runtime(), expected);
+    assert_eq!(net.mac, [2, 0, 0, 0, 0, 9]);
+    bytes[0] = 3;
+    let error = net.restore(&bytes).unwrap_err().to_string();
+    assert!(
+        error.contains("version 3, this build reads versions 1 to 2"),
+        "{error}"
+    );
+}
+
+/// A frame that asks for the address of `mac`, for all stations (RFC 903).
+fn reverse_request(mac: [u8; 6]) -> Vec<u8> {
+    let mut frame = vec![0xff; 6];
+    frame.extend(mac);
+    frame.extend([0x80, 0x35, 0, 1, 8, 0, 6, 4, 0, 3]);
+    frame.extend(mac);
+    frame.extend([0; 4]);
+    frame.extend(mac);
+    frame.extend([0; 22]);
+    frame
+}
+
+#[test]
+fn a_guest_that_cannot_announce_itself_is_announced() {
+    for header in [12, 20] {
+        let host = Host::new(1);
+        let report = if header == 20 {
+            features::HASH_REPORT
+        } else {
+            0
+        };
+        let features = features::CTRL_VQ | features::MRG_RXBUF | report;
+        let mut card = host.card(features, &[16, 16, 16]);
+        assert_eq!(host.receive(), None);
+        migrate(&mut card, &host);
+        let start = std::time::Instant::now();
+        let mut packets = Vec::new();
+        wait_for("five frames", || {
+            packets.extend(host.receive());
+            // In the middle the card stops and goes on.
+            if packets.len() == 2 && card.counters.totals().announcements == 2 {
+                card.driver.device.pause().unwrap();
+                card.driver.device.resume().unwrap();
+            }
+            packets.len() == 5
+        });
+        let took = start.elapsed();
+        assert!(took > std::time::Duration::from_millis(600), "{took:?}");
+        for packet in packets {
+            assert_eq!(packet.len(), header + 60);
+            assert_eq!(packet[..header], vec![0; header]);
+            assert_eq!(packet[header..], reverse_request(MAC));
+        }
+        assert_eq!(card.counters.totals().announcements, 5);
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert_eq!(host.receive(), None, "no more of them");
+        assert_eq!(card.counters.totals().tx_packets, 0);
+    }
+    // One that can is asked to.
+    let host = Host::new(1);
+    let mut card = host.card(FEATURES & !features::MQ, &[16, 16, 16]);
+    migrate(&mut card, &host);
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    assert_eq!(host.receive(), None);
 }

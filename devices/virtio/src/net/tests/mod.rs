@@ -5,6 +5,7 @@ mod hostile;
 mod migration;
 mod packets;
 mod rounds;
+mod rss;
 mod tap;
 
 use std::fs::File;
@@ -101,6 +102,8 @@ impl Host {
                 queue_size: 256,
                 offloads: true,
                 hash_report: true,
+                rss: false,
+                hash_types: HashTypes::ALL,
             },
         }
     }

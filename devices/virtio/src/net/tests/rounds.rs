@@ -6,11 +6,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vm_migration::memory::MemoryHandle;
 use vm_migration::state::Pause;
 
-use net_util::hash::HashConfig;
+use net_util::toeplitz::PacketHash;
 
 use super::buffers::RxBuffers;
 use super::control::hash_config;
-use super::header::{HashCell, Hashed, Plain, RxHeader};
+use super::header::{ClassifierCell, Hashed, Plain, RxHeader, WITH_HASH};
+use super::runtime::Hashing;
 use super::*;
 use crate::queue::{QueuePosition, QueueSetup};
 use crate::testing::{RingLayout, Rounds, pages, snapshot, two_views};
@@ -141,6 +142,7 @@ fn the_fields_of_a_header_are_sent_again() {
     let counters = counters.pair(0).unwrap();
     // num_buffers ends before the page does, the hash is at its end, the report in the next.
     let header = BUFFERS + 0xff0;
+    let none = PacketHash::default();
     let finish = |with_hash: bool| {
         let mut ring = Ring::new(snapshot(&theirs), layout(0), false);
         ring.add(&[], &[(header, 1000)]);
@@ -157,10 +159,11 @@ fn the_fields_of_a_header_are_sent_again() {
         buffers.fill(&mut queue, &memory, 100, 1, true).unwrap();
         let mut rounds = Rounds::start(&ours);
         if with_hash {
-            let mut header = Hashed::new(Arc::new(HashCell::new(&HashConfig::default())));
-            header.finish(&memory, &buffers, 80, 1, counters).unwrap();
+            let cell = ClassifierCell::new(&Hashing::default(), 1);
+            let mut header = Hashed::<WITH_HASH, false>::new(Arc::new(cell));
+            header.finish(&memory, &buffers, 1, none, counters).unwrap();
         } else {
-            Plain.finish(&memory, &buffers, 80, 1, counters).unwrap();
+            Plain.finish(&memory, &buffers, 1, none, counters).unwrap();
         }
         rounds.next()
     };
