@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use net_util::tap::{Tap, TapName};
+use passthrough::Passthrough;
 use pci::PciDevice;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use virtio_devices::NetBackend;
@@ -15,6 +16,13 @@ use vm_migration::{DirtySource, Iova, IovaBitmap, IovaRange, PageSize, Pause};
 
 use crate::driver::{BUFFERS, Driver, HEADER, status};
 use crate::machine::{HIGH, Machine, RAM, card, make_card, ram_file};
+
+/// Where the pages that `nic` writes are learnt.
+fn dirty_source(nic: &Passthrough) -> Box<dyn DirtySource> {
+    passthrough::dirty_sources([(nic, false)])
+        .unwrap()
+        .remove(0)
+}
 
 /// A frame from the network's side.
 fn inject(cable: &UnixDatagram, frame: &[u8]) {
@@ -56,7 +64,7 @@ fn the_dirty_log_has_the_pages_the_card_wrote_and_no_other() {
 
     let low = IovaRange::new(Iova(0), RAM).unwrap();
     let high = IovaRange::new(Iova(HIGH), RAM).unwrap();
-    let mut source = machine.nic.dirty_source().unwrap();
+    let mut source = dirty_source(&machine.nic);
     source.start(&[low, high]).unwrap();
     let mut bitmap = IovaBitmap::over(low, PageSize::SIZE_4K).unwrap();
     let mut none = IovaBitmap::over(high, PageSize::SIZE_4K).unwrap();
@@ -86,13 +94,13 @@ fn what_the_card_writes_is_sent_again() {
     let mut machine = Machine::new(&ram_file(), net);
     let mut driver = Driver::start(&mut machine);
     let mut dirty = GuestDirty::new(&ram_regions(&machine.memory), PageSize::SIZE_4K).unwrap();
-    let mut source = machine.nic.dirty_source().unwrap();
+    let mut source = dirty_source(&machine.nic);
     // What came before the start is not told of: all memory is sent then.
     inject(&cable, &[1; 60]);
     driver.receive(&machine).unwrap();
     machine.nic.pause().unwrap();
     source.start(dirty.ranges()).unwrap();
-    let mut sources: Vec<Box<dyn DirtySource>> = vec![Box::new(source)];
+    let mut sources: Vec<Box<dyn DirtySource>> = vec![source];
     let mut round = || {
         dirty.collect(&mut sources, Collect::default()).unwrap();
         let mut pages = BTreeSet::new();
@@ -131,7 +139,7 @@ fn memory_with_unreported_writes_is_not_given_back_while_it_is_logged() {
     let mut driver = Driver::start(&mut machine);
     let low = IovaRange::new(Iova(0), RAM).unwrap();
     let high = IovaRange::new(Iova(HIGH), RAM).unwrap();
-    let mut source = machine.nic.dirty_source().unwrap();
+    let mut source = dirty_source(&machine.nic);
     source.start(&[low, high]).unwrap();
     inject(&cable, &[2; 1000]);
     driver.receive(&machine).unwrap();
@@ -177,7 +185,7 @@ fn a_server_that_dies_is_told_of_and_reads_as_all_ones() {
     machine.nic.read_config(0, &mut word);
     assert_eq!(word, [0xff; 4]);
     machine.nic.write_bar(0, 20, &[1]);
-    assert!(machine.nic.dirty_source().is_err());
+    assert!(passthrough::dirty_sources([(&machine.nic, false)]).is_err());
     drop(machine.nic);
     machine.served.join().unwrap().unwrap();
 }
