@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use clap::{Parser, ValueEnum};
+use net_util::hash::HashTypes;
 use net_util::tap::{Tap, TapError, TapName};
 use sandbox::SeccompMode;
 use virtio_devices::net::MAX_PAIRS;
@@ -84,6 +85,9 @@ pub struct Options {
     /// Whether to offer the guest the hash of each received packet (VIRTIO_NET_F_HASH_REPORT).
     #[arg(long, value_enum, default_value_t = Switch::Off)]
     pub hash_report: Switch,
+    /// Whether to offer the guest to steer received packets by their hashes (VIRTIO_NET_F_RSS).
+    #[arg(long, value_enum, default_value_t = Switch::Off)]
+    pub rss: Switch,
     /// What a system call that its thread has no use for does: true|false|log.
     ///
     /// true ends ferry-nic with a message that names thread and call; log writes to the kernel's
@@ -135,6 +139,8 @@ impl Options {
                 queue_size: self.queue_size,
                 offloads: true,
                 hash_report: self.hash_report == Switch::On,
+                rss: self.rss == Switch::On,
+                hash_types: HashTypes::ALL,
             },
             backends,
         )?)
@@ -154,7 +160,10 @@ mod tests {
     fn options_have_the_documented_defaults() {
         let options = parse(&[]).unwrap();
         assert_eq!((options.num_queues, options.queue_size), (2, 256));
-        assert_eq!(options.hash_report, Switch::Off);
+        assert_eq!(
+            (options.hash_report, options.rss),
+            (Switch::Off, Switch::Off)
+        );
         assert_eq!(options.seccomp, SeccompMode::Enforce);
         assert!(options.mac.is_none() && options.mtu.is_none());
         let options = parse(&[
@@ -166,6 +175,8 @@ mod tests {
             "512",
             "--hash-report",
             "on",
+            "--rss",
+            "on",
             "--mtu",
             "9000",
             "--seccomp",
@@ -174,7 +185,7 @@ mod tests {
         .unwrap();
         assert_eq!(options.mac, Some(Mac([0x52, 0x54, 0, 0x12, 0x34, 0x56])));
         assert_eq!((options.num_queues, options.queue_size), (4, 512));
-        assert_eq!(options.hash_report, Switch::On);
+        assert_eq!((options.hash_report, options.rss), (Switch::On, Switch::On));
         assert_eq!(options.mtu, Some(9000));
         assert_eq!(options.seccomp, SeccompMode::Log);
     }

@@ -148,12 +148,15 @@ pub struct Cli {
             may be repeated",
         long_help = "virtio-net device; may be repeated: \
             tap=NAME|fd=N|fd=[N,…]|vhost_user=on,socket=SOCKET[,mac=ADDRESS]\
-            [,mtu=BYTES][,num_queues=N][,queue_size=N][,hash_report=on|off][,id=NAME]\n\n\
+            [,mtu=BYTES][,num_queues=N][,queue_size=N][,hash_report=on|off|auto][,rss=on|off]\
+            [,hash_types=[TYPE,…]][,id=NAME]\n\n\
             vhost_user=on lets the process that listens on the socket serve the queues; it needs \
-            --memory shared=on and reports no hashes. \
+            --memory shared=on and knows no hashes. \
             num_queues counts receive and transmit queues together (2 to 254, default 2); queue_size \
             is a power of two (default 256); hash_report=on offers the guest each received packet's \
-            hash.",
+            hash, auto does so on a tap; rss=on lets the guest steer packets to its queues by their \
+            hashes; hash_types narrows the types of hashes offered with either: ipv4, tcpv4, udpv4, \
+            ipv6, tcpv6, udpv6, ip_ex, tcp_ex, udp_ex (default: all).",
         help_heading = "Devices"
     )]
     pub net: Vec<NetConfig>,
@@ -336,7 +339,8 @@ mod tests {
         for (arguments, part) in [
             ("--memory size=1Q", "a size such as"),
             ("--serial loud", "--serial: unknown key `loud`"),
-            ("--net tap=t,rss=on", "unknown key `rss`"),
+            ("--net tap=t,rps=on", "unknown key `rps`"),
+            ("--net tap=t,hash_types=ipv5", "one of ipv4, tcpv4"),
             ("--seccomp maybe", "no seccomp mode"),
             ("--initramfs i", "--kernel"),
             ("--log-level info -v", "cannot be used with"),

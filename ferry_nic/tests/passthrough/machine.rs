@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use devices::{InterruptError, MsiFabric, MsiLine, MsiMessage, ThreadSpawner};
 use ferry_nic::NicDevice;
+use net_util::hash::HashTypes;
 use net_util::header::HeaderSize;
 use net_util::tap::Offloads;
 use parking_lot::Mutex;
@@ -91,6 +92,8 @@ pub(crate) fn make_card(backends: Vec<Arc<dyn NetBackend>>) -> Net {
         queue_size: 64,
         offloads: false,
         hash_report: false,
+        rss: false,
+        hash_types: HashTypes::ALL,
     };
     Net::new(options, backends).unwrap()
 }

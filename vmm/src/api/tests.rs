@@ -116,7 +116,7 @@ fn the_document_describes_the_routes_and_the_types() {
         "memory": {"size": 2 << 20, "shared": true, "hugepages": true, "hugepage_size": 2 << 20,
             "dirty_log": "ring", "dirty_ring_entries": 1024},
         "payload": {"kernel": "k", "initramfs": "i", "cmdline": "c"},
-        "net": [{"tap": "t", "mtu": 1500}, {"vhost_user": true, "vhost_socket": "v"}],
+        "net": [{"tap": "t", "mtu": 1500, "rss": true, "hash_types": ["ipv4"]}, {"vhost_user": true, "vhost_socket": "v"}],
         "serial": {"mode": "File", "file": "f"},
         "console": {"mode": "Socket", "socket": "s"},
         "devices": [{"path": "/sys/bus/pci/devices/0000:01:00.0", "dirty": "all"}],

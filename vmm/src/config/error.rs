@@ -173,9 +173,20 @@ pub enum ConfigError {
     },
     /// Hashes of packets that Ferry never sees.
     #[error(
-        "--net {id}: a vhost-user backend reports no hashes; drop hash_report=on, or use a tap"
+        "--net {id}: with a vhost-user backend Ferry sees no packets to hash; drop {option}, or use \
+         a tap"
     )]
     VhostHash {
+        /// The device.
+        id: String,
+        /// What needs hashes.
+        option: &'static str,
+    },
+    /// Types of hashes that are offered for nothing.
+    #[error(
+        "--net {id}: hash_types given without hash_report=on or rss=on; add one of them or drop it"
+    )]
+    HashTypesUnused {
         /// The device.
         id: String,
     },

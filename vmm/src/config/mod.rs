@@ -9,6 +9,7 @@
 mod console;
 mod device;
 mod error;
+mod hash;
 mod machine;
 mod net;
 mod option;
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 pub use console::ConsoleConfig;
 pub use device::{DeviceConfig, DirtyConfig};
 pub use error::ConfigError;
+pub use hash::{HashTypeSet, NoHashTypes, Offer};
 pub use machine::{
     CpusConfig, DirtyLogConfig, MAX_CMDLINE_BYTES, MAX_VCPUS, MemoryConfig, PayloadConfig,
     RngConfig,

@@ -7,9 +7,11 @@ use std::hash::BuildHasher;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use net_util::hash::HashTypes;
 use serde::{Deserialize, Serialize};
 
 use super::error::ConfigError;
+use super::hash::{HashTypeSet, Offer};
 use super::option::{OptionString, quote};
 
 /// The most virtqueues of one NIC, receive and transmit together: what the card takes.
@@ -127,7 +129,13 @@ pub struct NetConfig {
     pub queue_size: u16,
     /// Offer the guest the hash of each received packet (`VIRTIO_NET_F_HASH_REPORT`).
     #[serde(default)]
-    pub hash_report: bool,
+    pub hash_report: Offer,
+    /// Offer the guest to steer packets by their hashes (`VIRTIO_NET_F_RSS`).
+    #[serde(default, skip_serializing_if = "is_off")]
+    pub rss: bool,
+    /// The types of hashes offered with either; all if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hash_types: Option<HashTypeSet>,
 }
 
 /// Whether a toggle has its usual value.
@@ -156,7 +164,9 @@ impl Default for NetConfig {
             mtu: None,
             num_queues: default_num_queues(),
             queue_size: default_queue_size(),
-            hash_report: false,
+            hash_report: Offer::Off,
+            rss: false,
+            hash_types: None,
         }
     }
 }
@@ -176,6 +186,8 @@ impl FromStr for NetConfig {
             "num_queues",
             "queue_size",
             "hash_report",
+            "rss",
+            "hash_types",
         ];
         let keys = OptionString::parse("--net", allowed, text)?;
         Ok(Self {
@@ -192,7 +204,13 @@ impl FromStr for NetConfig {
             queue_size: keys
                 .number("queue_size")?
                 .unwrap_or_else(default_queue_size),
-            hash_report: keys.toggle("hash_report")?.unwrap_or(false),
+            hash_report: keys
+                .parsed("hash_report", "on, off or auto", Offer::parse)?
+                .unwrap_or_default(),
+            rss: keys.toggle("rss")?.unwrap_or(false),
+            hash_types: keys.parsed("hash_types", HashTypeSet::EXPECTED, |text| {
+                text.parse().ok()
+            })?,
         })
     }
 }
@@ -224,10 +242,15 @@ impl fmt::Display for NetConfig {
         write!(
             out,
             "num_queues={},queue_size={},hash_report={}",
-            self.num_queues,
-            self.queue_size,
-            if self.hash_report { "on" } else { "off" }
-        )
+            self.num_queues, self.queue_size, self.hash_report
+        )?;
+        if self.rss {
+            write!(out, ",rss=on")?;
+        }
+        match self.hash_types {
+            Some(types) => write!(out, ",hash_types={types}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -237,9 +260,24 @@ impl NetConfig {
         self.num_queues / 2
     }
 
+    /// Whether the guest is offered hash reports.
+    pub fn reports_hashes(&self) -> bool {
+        match self.hash_report {
+            Offer::Off => false,
+            Offer::On => true,
+            Offer::Auto => !self.vhost_user,
+        }
+    }
+
+    /// The types of hashes that are offered if any are.
+    pub fn offered_hash_types(&self) -> HashTypes {
+        self.hash_types.map_or(HashTypes::ALL, HashTypeSet::types)
+    }
+
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
         let id = || self.id.clone();
         self.check_backend()?;
+        self.check_hashes()?;
         if self.num_queues == 0
             || !self.num_queues.is_multiple_of(2)
             || self.num_queues > MAX_NET_QUEUES
@@ -280,9 +318,6 @@ impl NetConfig {
         match (&self.tap, self.fds.is_empty(), self.vhost_user) {
             (Some(name), true, false) => check_ifname(&self.id, name)?,
             (None, false, false) => self.check_fds()?,
-            (None, true, true) if self.hash_report => {
-                return Err(ConfigError::VhostHash { id: id() });
-            }
             (None, true, true) => {}
             _ => return Err(ConfigError::NetBackend { id: id() }),
         }
@@ -292,6 +327,27 @@ impl NetConfig {
             (true, Some(path)) if !path.as_os_str().is_empty() => Ok(()),
             _ => Err(ConfigError::VhostSocket { id: id() }),
         }
+    }
+
+    /// A vhost-user backend has no part in hashes, and types of hashes need a use.
+    fn check_hashes(&self) -> Result<(), ConfigError> {
+        let given = [
+            ("hash_report=on", self.hash_report == Offer::On),
+            ("rss=on", self.rss),
+            ("hash_types", self.hash_types.is_some()),
+        ];
+        if let Some((option, _)) = given.iter().find(|(_, given)| *given && self.vhost_user) {
+            return Err(ConfigError::VhostHash {
+                id: self.id.clone(),
+                option,
+            });
+        }
+        if self.hash_types.is_some() && !self.rss && !self.reports_hashes() {
+            return Err(ConfigError::HashTypesUnused {
+                id: self.id.clone(),
+            });
+        }
+        Ok(())
     }
 
     fn check_fds(&self) -> Result<(), ConfigError> {

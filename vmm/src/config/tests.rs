@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 
+use net_util::hash::HashTypes;
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
@@ -83,8 +84,17 @@ fn option_strings_in_cloud_hypervisors_shapes() {
     assert_eq!((net.queue_pairs(), net.queue_size), (2, 512));
     assert_eq!(
         (net.hash_report, net.mtu, net.id.as_str()),
-        (true, Some(9000), "eth")
+        (Offer::On, Some(9000), "eth")
     );
+    let net: NetConfig = "tap=t,hash_report=auto,rss=on,hash_types=[tcpv4,udpv6]"
+        .parse()
+        .unwrap();
+    assert_eq!((net.hash_report, net.rss), (Offer::Auto, true));
+    assert_eq!(
+        net.offered_hash_types(),
+        HashTypes::TCPV4 | HashTypes::UDPV6
+    );
+    assert!(net.reports_hashes());
     let net: NetConfig = "fd=[3,4],num_queues=4".parse().unwrap();
     assert_eq!(net.fds, [3, 4]);
     let device: UserDeviceConfig = "socket=\"/tmp/a,b\",id=nic".parse().unwrap();
@@ -260,8 +270,19 @@ fn a_nic_that_cannot_work_is_refused() {
     for text in ["vhost_user=on", "tap=t,socket=/s"] {
         assert!(matches!(with(text), ConfigError::VhostSocket { .. }));
     }
-    let text = "vhost_user=on,socket=/s,hash_report=on";
-    assert!(matches!(with(text), ConfigError::VhostHash { .. }));
+    for text in ["hash_report=on", "rss=on", "hash_types=ipv4"] {
+        let error = with(&format!("vhost_user=on,socket=/s,{text}"));
+        assert!(matches!(error, ConfigError::VhostHash { .. }), "{text}");
+    }
+    for text in [
+        "tap=t,hash_types=ipv4",
+        "tap=t,hash_report=off,hash_types=[ipv4]",
+    ] {
+        assert!(matches!(with(text), ConfigError::HashTypesUnused { .. }));
+    }
+    // Where hashes cannot be reported, auto is off.
+    let text = "vhost_user=on,socket=/s,hash_report=auto";
+    assert!(!text.parse::<NetConfig>().unwrap().reports_hashes());
     let error = with("vhost_user=on,socket=/s").to_string();
     assert!(
         error.contains("--net _net0") && error.contains("shared=on"),
@@ -356,12 +377,18 @@ prop_compose! {
         mtu in option::of(any::<u16>()),
         num_queues: u16,
         queue_size: u16,
-        hash_report: bool,
+        (hash_report, rss, types) in (0_u8..3, any::<bool>(), 0_u32..0x200),
         (vhost_user, vhost_socket) in (any::<bool>(), option::of(path())),
     ) -> NetConfig {
         let mac = mac.map(MacAddress);
+        let hash_report = [Offer::Off, Offer::On, Offer::Auto][usize::from(hash_report)];
+        let names = ["ipv4", "tcpv4", "udpv4", "ipv6", "tcpv6", "udpv6", "ip_ex", "tcp_ex", "udp_ex"];
+        let on = (0..).zip(names).filter(|(bit, _)| types >> bit & 1 != 0);
+        let names: Vec<String> = on.map(|(_, name)| name.to_owned()).collect();
+        let hash_types = names.try_into().ok();
         NetConfig {
             id, tap, fds, vhost_user, vhost_socket, mac, mtu, num_queues, queue_size, hash_report,
+            rss, hash_types,
         }
     }
 }

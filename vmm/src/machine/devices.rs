@@ -20,6 +20,7 @@ use virtio_devices::{
 };
 use vm_migration::Pause;
 
+use super::net::NetOffer;
 use super::passthrough::{self, PassthroughFunction};
 use super::pci::PciRoot;
 use super::{Host, MachineError, net};
@@ -51,6 +52,8 @@ pub struct VirtioFunction {
     pub counters: Option<Arc<NetCounters>>,
     /// The process that serves its queues.
     pub vhost: Option<VhostUserHandle>,
+    /// What a network card on a tap offers, for a migration's manifest.
+    pub offer: Option<NetOffer>,
 }
 
 /// The devices of a machine.
@@ -266,6 +269,7 @@ pub(super) fn function(
         device: Arc::new(Mutex::new(device)),
         counters,
         vhost: None,
+        offer: None,
     })
 }
 

@@ -28,6 +28,7 @@ use crate::vcpu::{Surroundings, Vcpus};
 
 pub use devices::{Devices, VirtioFunction};
 pub use error::MachineError;
+pub use net::{NetOffer, TAP as NET_ON_TAP};
 pub use parts::{BusState, CpuState, CpuSwitch, VmChips};
 pub(crate) use parts::{CHIPS_ID, CPUS_ID, PCI_ID};
 pub use passthrough::{Origin, PassthroughFunction};

@@ -5,6 +5,7 @@ use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use net_util::hash::HashTypes;
 use net_util::tap::{Tap, TapName};
 use virtio_devices::net::{Net, NetBackend, NetOptions, NetTotals};
 use virtio_devices::{VhostUserNet, VhostUserOptions};
@@ -16,7 +17,7 @@ use crate::inherited;
 use crate::notice::ExitReason;
 
 /// The kind of a card on a tap.
-pub(super) const TAP: &str = "virtio-net";
+pub const TAP: &str = "virtio-net";
 /// The kind of a card whose queues another process serves.
 const VHOST_USER: &str = "vhost-user-net";
 
@@ -34,7 +35,24 @@ pub(super) fn card(
     }
     let net = on_tap(config)?;
     let counters = net.counters();
-    function(TAP, Box::new(net), Some(counters), host, board)
+    let function = function(TAP, Box::new(net), Some(counters), host, board)?;
+    let hashes = config.reports_hashes() || config.rss;
+    Ok(VirtioFunction {
+        offer: Some(NetOffer {
+            pairs: config.queue_pairs(),
+            hash_types: hashes.then(|| config.offered_hash_types()),
+        }),
+        ..function
+    })
+}
+
+/// What a card on a tap offers its driver besides features.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetOffer {
+    /// Queue pairs.
+    pub pairs: u16,
+    /// Types of hashes, if hashes are offered.
+    pub hash_types: Option<HashTypes>,
 }
 
 /// A card on the vhost-user backend that listens on `socket`.
@@ -93,7 +111,9 @@ fn on_tap(config: &NetConfig) -> Result<Net, MachineError> {
         mtu: config.mtu,
         queue_size: config.queue_size,
         offloads: true,
-        hash_report: config.hash_report,
+        hash_report: config.reports_hashes(),
+        rss: config.rss,
+        hash_types: config.offered_hash_types(),
     };
     Net::new(options, backends).map_err(MachineError::device(id))
 }
@@ -104,10 +124,13 @@ pub(super) fn counters(totals: &NetTotals) -> BTreeMap<String, u64> {
         ("rx_frames", totals.rx_packets),
         ("rx_bytes", totals.rx_bytes),
         ("rx_dropped", totals.rx_dropped),
+        ("rx_handed_over", totals.rx_handed_over),
+        ("rx_hand_over_dropped", totals.rx_hand_over_dropped),
         ("tx_frames", totals.tx_packets),
         ("tx_bytes", totals.tx_bytes),
         ("tx_dropped", totals.tx_dropped),
         ("hashed", totals.hashed()),
+        ("announcements", totals.announcements),
     ];
     named
         .into_iter()

@@ -26,6 +26,9 @@ const MAX_PASSTHROUGH_STATE: u64 = 16 << 30;
 /// The kind of a passthrough device.
 const PASSTHROUGH: &str = "passthrough";
 
+/// The kind of a network card on a tap.
+const NET_ON_TAP: &str = crate::machine::NET_ON_TAP;
+
 /// Describes `machine` to a destination.
 pub(super) fn manifest(machine: &Machine, config: &VmConfig) -> Result<Manifest, MigrateError> {
     let mut manifest = Manifest::new(machine.ram().page_size().bytes());
@@ -96,7 +99,10 @@ fn entry(id: &str, kind: &str, compat: Compat, max_state: usize) -> DeviceManife
 
 fn virtio_entry(function: &VirtioFunction, memory: &MemoryHandle) -> DeviceManifest {
     let features = function.device.lock().offered_features();
-    let compat = compat([(compat::FEATURES, format!("{features:#x}"))]);
+    let mut compat = compat([(compat::FEATURES, format!("{features:#x}"))]);
+    if let Some(offer) = &function.offer {
+        compat.extend(compat::of_net(offer));
+    }
     let max_state = VirtioPciDevice::MAX_STATE_BYTES;
     let entry = entry(&function.id, function.kind, compat, max_state);
     let dirty_source = function

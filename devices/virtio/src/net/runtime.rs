@@ -232,8 +232,16 @@ impl Shared {
     /// Attaches the first `pairs` queues of the interface and detaches the others. The first is
     /// always attached, and a single one cannot be detached.
     pub(super) fn attach(&self, pairs: u16) -> io::Result<()> {
-        for (index, backend) in self.backends.iter().enumerate().skip(1) {
-            backend.set_attached(index < usize::from(pairs))?;
+        // A tap numbers its queues in the order they were attached, and moves the last into the
+        // place of one that is detached: so from the first up, and from the last down.
+        let (used, unused) = self
+            .backends
+            .split_at(self.backends.len().min(pairs.max(1).into()));
+        for backend in used.iter().skip(1) {
+            backend.set_attached(true)?;
+        }
+        for backend in unused.iter().rev() {
+            backend.set_attached(false)?;
         }
         Ok(())
     }

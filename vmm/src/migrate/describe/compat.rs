@@ -7,11 +7,15 @@ use passthrough::{DeviceProfile, MigrationFlags, VirtioOffer};
 use pci::{BarInfo, BarKind};
 use vm_migration::migrate::{DeviceManifest, Refusal};
 
+use crate::machine::NetOffer;
+
 /// What is known of a device, by name.
 pub(super) type Compat = BTreeMap<String, String>;
 
 /// Features that a virtio device of the VMM's own offers.
 pub(super) const FEATURES: &str = "features";
+/// Types of hashes that a network card offers, by the bits of the specification.
+const HASH_TYPES: &str = "hash_types";
 /// Features that a passthrough virtio device offers.
 const VIRTIO_FEATURES: &str = "virtio_features";
 /// What a passthrough device's migration can do.
@@ -47,6 +51,15 @@ pub(super) fn of_passthrough(profile: &DeviceProfile) -> Compat {
     ]);
     if let Some(offer) = &profile.virtio {
         all.extend(of_offer(offer));
+    }
+    all
+}
+
+/// What a destination is told of a network card on a tap, besides its features.
+pub(super) fn of_net(offer: &NetOffer) -> Compat {
+    let mut all = compat([("queue_pairs", offer.pairs.to_string())]);
+    if let Some(types) = offer.hash_types {
+        all.insert(HASH_TYPES.to_owned(), format!("{:#x}", types.bits()));
     }
     all
 }
@@ -110,6 +123,10 @@ pub(super) fn misfits(here: &DeviceManifest, there: &DeviceManifest) -> Vec<Refu
         super::PASSTHROUGH => {
             "give the destination a device of the same kind, its server started with the same \
              options as at the source"
+        }
+        super::NET_ON_TAP => {
+            "run a release of Ferry there that offers the same, and let the configuration that \
+             moves decide what is offered"
         }
         _ => "migrate to a host with an equal device",
     };

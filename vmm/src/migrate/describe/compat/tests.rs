@@ -1,5 +1,6 @@
 //! What a card must have at the destination.
 
+use net_util::hash::HashTypes;
 use passthrough::DeviceIdentity;
 use vm_migration::migrate::Migratable;
 
@@ -145,4 +146,46 @@ fn a_state_that_has_no_room_is_refused() {
     let refusals = misfits(&device(&profile()), &there);
     assert_eq!(refusals.len(), 1);
     assert!(refusals[0].to_string().contains("1001"), "{refusals:?}");
+}
+
+#[test]
+fn a_card_on_a_tap_needs_one_with_the_same_queues_and_hashes() {
+    let card = |pairs, hash_types| DeviceManifest {
+        id: "_net0".into(),
+        kind: super::super::NET_ON_TAP.into(),
+        compat: of_net(&NetOffer { pairs, hash_types }),
+        migratable: Migratable::Yes,
+        max_state_bytes: 1000,
+    };
+    let all = Some(HashTypes::ALL);
+    let source = card(2, all);
+    assert_eq!(misfits(&card(2, all), &source), []);
+    // A source of the release before says nothing about it.
+    let before = DeviceManifest {
+        compat: Compat::new(),
+        ..card(2, all)
+    };
+    assert_eq!(misfits(&card(2, all), &before), []);
+    for (here, reason) in [
+        (card(1, all), "queue_pairs is 2 at the source and 1 here"),
+        (
+            card(2, Some(HashTypes::IPV4)),
+            "hash_types is 0x1ff at the source and 0x1 here",
+        ),
+        (
+            card(2, None),
+            "hash_types is 0x1ff at the source and nothing here",
+        ),
+    ] {
+        let refusals = misfits(&here, &source);
+        let [refusal] = refusals.as_slice() else {
+            panic!("{refusals:?}");
+        };
+        let text = refusal.to_string();
+        assert!(text.contains(reason), "{text}");
+        assert!(
+            text.contains("same release") || text.contains("release of Ferry"),
+            "{text}"
+        );
+    }
 }
