@@ -1,5 +1,6 @@
 //! The flow parser and the packet hasher against a slow second way: a reader that goes through
-//! the frame byte by byte, and the hash by its definition.
+//! the frame byte by byte, and the hash by its definition, for every method that the CPU has. Of
+//! any head of the frame the hash is that of the whole, or there is none.
 
 #![no_main]
 
@@ -8,7 +9,7 @@ use std::collections::VecDeque;
 use libfuzzer_sys::fuzz_target;
 use net_util::flow;
 use net_util::hash::{HashConfig, HashKey, HashTypes};
-use net_util::toeplitz::{PacketHasher, hash_bitwise};
+use net_util::toeplitz::{Method, PacketHasher, Toeplitz, hash_bitwise};
 
 /// What the frame says, as bytes.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -33,25 +34,27 @@ fn number(bytes: &[u8]) -> usize {
         .fold(0, |number, byte| number * 256 + usize::from(*byte))
 }
 
-fn ports(protocol: usize, mut rest: Bytes) -> Option<(Vec<u8>, bool)> {
-    let ports = take(&mut rest, 4)?;
-    match protocol {
-        6 => Some((ports, true)),
-        17 => Some((ports, false)),
-        _ => None,
+/// `length`: how many bytes there should be by the IP header. No ports is right for a packet that
+/// has none, and for one whose own length ends before them; not for one that is cut.
+fn ports(protocol: usize, mut rest: Bytes, length: usize) -> Option<Option<(Vec<u8>, bool)>> {
+    if ![6, 17].contains(&protocol) || length < 4 {
+        return Some(None);
     }
+    let ports = take(&mut rest, 4)?;
+    Some(Some((ports, protocol == 6)))
 }
 
 fn frame(mut bytes: Bytes) -> Option<Naive> {
     take(&mut bytes, 12)?;
-    loop {
+    for tags in 0..=15 {
         match number(&take(&mut bytes, 2)?) {
-            0x8100 | 0x88a8 | 0x9100 => drop(take(&mut bytes, 2)?),
+            0x8100 | 0x88a8 => drop(take(&mut bytes, 2)?),
             0x0800 => return version_4(bytes),
-            0x86dd => return version_6(bytes),
+            0x86dd => return version_6(bytes, tags),
             _ => return None,
         }
     }
+    None
 }
 
 fn version_4(mut bytes: Bytes) -> Option<Naive> {
@@ -60,10 +63,8 @@ fn version_4(mut bytes: Bytes) -> Option<Naive> {
         .checked_sub(0x40)
         .filter(|words| (5..16).contains(words))?;
     take(&mut bytes, words * 4 - 20)?;
-    let total = number(&fixed[2..4]);
-    if total != 0 {
-        bytes.truncate(total.checked_sub(words * 4)?);
-    }
+    let length = number(&fixed[2..4]).checked_sub(words * 4)?;
+    bytes.truncate(length);
     // Without the reserved bit and don't-fragment.
     let fragment = number(&fixed[6..8]) % 0x4000 != 0;
     Some(Naive {
@@ -72,34 +73,32 @@ fn version_4(mut bytes: Bytes) -> Option<Naive> {
         ports: if fragment {
             None
         } else {
-            ports(usize::from(fixed[9]), bytes)
+            ports(usize::from(fixed[9]), bytes, length)?
         },
     })
 }
 
-fn version_6(mut bytes: Bytes) -> Option<Naive> {
+fn version_6(mut bytes: Bytes, tags: usize) -> Option<Naive> {
     let fixed = take(&mut bytes, 40)?;
     if fixed[0] / 16 != 6 {
         return None;
     }
-    let length = number(&fixed[4..6]);
-    if length != 0 {
-        bytes.truncate(length);
-    }
+    let mut length = number(&fixed[4..6]);
+    bytes.truncate(length);
     let (mut source, mut destination) = (fixed[8..24].to_vec(), fixed[24..].to_vec());
-    let (mut next, mut has_headers, mut fragment) = (usize::from(fixed[6]), false, false);
-    while !fragment && [0, 43, 44, 51, 60, 139, 140].contains(&next) {
-        has_headers = true;
+    let (mut next, mut headers, mut last) = (usize::from(fixed[6]), 0, false);
+    while !last && [0, 43, 44, 50, 51, 60, 135, 139, 140].contains(&next) {
+        headers += 1;
         let start = take(&mut bytes, 8)?;
-        let length = usize::from(start[1]);
         let rest = match next {
-            44 => 0,
-            51 => length * 4,
-            _ => length * 8,
+            44 | 50 => 0,
+            51 => usize::from(start[1]) * 4,
+            _ => usize::from(start[1]) * 8,
         };
         let header = [start.clone(), take(&mut bytes, rest)?].concat();
+        length -= header.len();
         match next {
-            44 => fragment = true,
+            44 | 50 => last = true,
             60 => {
                 if let Some(home) = home(&header[2..])? {
                     source = home;
@@ -110,10 +109,17 @@ fn version_6(mut bytes: Bytes) -> Option<Naive> {
         }
         next = usize::from(header[0]);
     }
+    if tags + headers > 15 {
+        return None;
+    }
     Some(Naive {
         addresses: fixed[8..].to_vec(),
-        extended: has_headers.then(|| [source, destination].concat()),
-        ports: if fragment { None } else { ports(next, bytes) },
+        extended: (headers > 0).then(|| [source, destination].concat()),
+        ports: if last {
+            None
+        } else {
+            ports(next, bytes, length)?
+        },
     })
 }
 
@@ -173,13 +179,27 @@ fuzz_target!(|input: &[u8]| {
     let naive = frame(head.iter().copied().collect());
     assert_eq!(naive.is_some(), flow::parse(head).is_some(), "{naive:x?}");
     let chosen = naive.as_ref().and_then(|naive| choose(naive, types));
-    let expected = chosen.map_or((0, 0), |(input, report)| {
-        (hash_bitwise(&key, &input), report)
+    let expected = chosen.as_ref().map_or((0, 0), |(input, report)| {
+        (hash_bitwise(&key, input), *report)
     });
     let config = HashConfig {
         types: HashTypes::from_bits(types),
         key,
     };
-    let hash = PacketHasher::new(&config).hash_frame(head);
+    let hasher = PacketHasher::new(&config);
+    let hash = hasher.hash_frame(head);
     assert_eq!((hash.value, hash.report.code()), expected, "{naive:x?}");
+    for method in Method::ALL {
+        if let (Some(toeplitz), Some((input, _))) = (Toeplitz::with_method(&key, method), &chosen) {
+            assert_eq!(toeplitz.hash(input), expected.0, "{method:?}");
+        }
+    }
+    for length in 0..head.len().min(256) {
+        let part = hasher.hash_frame(&head[..length]);
+        let none = part.report.code() == 0;
+        assert!(
+            part == hash || (none && part.value == 0),
+            "{length}: {part:?}"
+        );
+    }
 });

@@ -4,20 +4,32 @@
 //! frame: [`HEAD_BYTES`] hold every usual stack of headers, so a caller whose frame lies in many
 //! pieces linearises only so much.
 //!
-//! What it finds, and what it does not (VIRTIO 1.4 §5.1.6.4.3 leaves most of this open; where it
-//! does, this agrees with the flow dissector of Linux, so that a hash from a tap's kernel and
-//! ours are the same):
-//! - VLAN tags (802.1Q, 802.1ad, the older 0x9100) are skipped, however many.
-//! - Ports are found if TCP or UDP is next and its first 4 bytes are in the packet; the length in
-//!   the IP header counts, so that the padding of a short frame is not taken for ports.
+//! What it finds, and what it does not. VIRTIO 1.4 §5.1.6.4.3 says which of it is hashed, and
+//! leaves open what a packet "has"; where it does, this goes by the RFCs and, where they do not
+//! decide, by the flow dissector of Linux:
+//! - VLAN tags (802.1Q, 802.1ad) are skipped. A packet with more than [`MAX_HEADERS`] tags and
+//!   extension headers together is no flow.
+//! - Ports are found if TCP or UDP is next and its first 4 bytes are in the packet. The length in
+//!   the IP header counts, so that the padding of a short frame is not taken for ports; a packet
+//!   that by that length ends before its ports has none, and is a flow of its addresses.
 //! - A fragment has no usable transport header, the first one neither: all fragments of a
 //!   datagram get the same hash, over the addresses. An IPv6 fragment header with neither offset
 //!   nor more-fragments counts as a fragment too.
-//! - IPv6 extension headers are walked to the end; a home address option and a routing header of
+//! - IPv6 extension headers are those of RFC 8200 §4 and of the protocols that add to them
+//!   (mobility, HIP, Shim6). They are walked to the end, or to one behind which nothing can be
+//!   read: a fragment's, or an encrypted payload. A home address option and a routing header of
 //!   type 2 are noted ([`FlowV6::extended`]).
-//! - Tunnels are not entered: an outer header's addresses are hashed.
-//! - A malformed or truncated IP header or chain of extension headers is no flow. Neither is a
-//!   chain that does not fit the slice: part of it could hold the home address.
+//! - Tunnels are not entered: an outer header's addresses are hashed. Nor is anything between
+//!   Ethernet and IP but VLAN tags (PPPoE, MPLS, LLC).
+//! - A malformed or truncated IP header or chain of extension headers is no flow, and nor is a
+//!   packet whose ports should be there by its length, and are not. Checksums are not looked at.
+//!
+//! From this follows what a caller with too short a head can rely on: it gets the flow of the
+//! whole frame, or none.
+//!
+//! Linux's dissector, whose hash a tap may report, differs in what a well-formed packet seldom has:
+//! it does not look behind an authentication header, HIP or Shim6 for ports, does enter tunnels
+//! and PPPoE, and does not look at the lengths in IP headers.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -27,11 +39,14 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 /// with home address 24, routing header type 2 24, ports 4: 122. The rest is room.
 pub const HEAD_BYTES: usize = 256;
 
+/// Most VLAN tags and IPv6 extension headers of a packet, together: `MAX_FLOW_DISSECT_HDRS` of
+/// Linux's flow dissector.
+pub const MAX_HEADERS: usize = 15;
+
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
 const ETHERTYPE_VLAN: u16 = 0x8100;
 const ETHERTYPE_QINQ: u16 = 0x88a8;
-const ETHERTYPE_QINQ_OLD: u16 = 0x9100;
 
 // Protocol numbers: IANA "Assigned Internet Protocol Numbers".
 const PROTO_HOP_BY_HOP: u8 = 0;
@@ -39,8 +54,10 @@ const PROTO_TCP: u8 = 6;
 const PROTO_UDP: u8 = 17;
 const PROTO_ROUTING: u8 = 43;
 const PROTO_FRAGMENT: u8 = 44;
+const PROTO_ENCRYPTED: u8 = 50;
 const PROTO_AUTHENTICATION: u8 = 51;
 const PROTO_DESTINATION: u8 = 60;
+const PROTO_MOBILITY: u8 = 135;
 const PROTO_HIP: u8 = 139;
 const PROTO_SHIM6: u8 = 140;
 
@@ -114,79 +131,133 @@ pub struct Transport {
 }
 
 impl Transport {
-    /// Both ports as on the wire and in the hash input.
-    pub const fn octets(self) -> [u8; 4] {
-        let (source, destination) = (self.source.to_be_bytes(), self.destination.to_be_bytes());
-        [source[0], source[1], destination[0], destination[1]]
+    /// Both ports, the sender's in the upper half: in big-endian bytes, what is on the wire and in the
+    /// hash input.
+    #[inline]
+    pub const fn bits(self) -> u32 {
+        (self.source as u32) << 16 | self.destination as u32
+    }
+}
+
+/// What is left of a packet.
+#[derive(Clone, Copy)]
+struct Payload<'a> {
+    /// The bytes that there are, no more than belong to the packet.
+    bytes: &'a [u8],
+    /// How many there should be by the IP header.
+    length: usize,
+}
+
+impl<'a> Payload<'a> {
+    fn new(bytes: &'a [u8], length: usize) -> Self {
+        Self {
+            bytes: bytes.get(..length).unwrap_or(bytes),
+            length,
+        }
     }
 
-    fn parse(protocol: u8, payload: &[u8]) -> Option<Self> {
+    /// The next `count` bytes, and what is behind them.
+    fn split(self, count: usize) -> Option<(&'a [u8], Self)> {
+        let (bytes, behind) = self.bytes.split_at_checked(count)?;
+        let length = self.length.saturating_sub(count);
+        Some((bytes, Self::new(behind, length)))
+    }
+
+    /// The ports, if it is TCP or UDP and long enough; `None` if they are cut off.
+    #[inline]
+    fn transport(self, protocol: u8) -> Option<Option<Transport>> {
         let protocol = match protocol {
             PROTO_TCP => Protocol::Tcp,
             PROTO_UDP => Protocol::Udp,
-            _ => return None,
+            _ => return Some(None),
         };
-        Some(Self {
+        if self.length < 4 {
+            return Some(None);
+        }
+        let [a, b, c, d] = *self.bytes.first_chunk::<4>()?;
+        Some(Some(Transport {
             protocol,
-            source: be16(payload, 0)?,
-            destination: be16(payload, 2)?,
-        })
+            source: u16::from_be_bytes([a, b]),
+            destination: u16::from_be_bytes([c, d]),
+        }))
     }
 }
 
 /// The flow of the frame that starts with `head`; `None` if it is not sound IPv4 or IPv6.
+#[inline]
 pub fn parse(head: &[u8]) -> Option<Flow> {
-    let mut at = 12;
-    loop {
-        let packet = || head.get(at + 2..);
-        match be16(head, at)? {
-            ETHERTYPE_IPV4 => return parse_v4(packet()?).map(Flow::V4),
-            ETHERTYPE_IPV6 => return parse_v6(packet()?).map(Flow::V6),
-            ETHERTYPE_VLAN | ETHERTYPE_QINQ | ETHERTYPE_QINQ_OLD => at += 4,
-            _ => return None,
+    match Packet::find(head)? {
+        Packet::V4(packet) => parse_v4(packet).map(Flow::V4),
+        Packet::V6(packet, headers) => parse_v6(packet, headers).map(Flow::V6),
+    }
+}
+
+/// A frame's payload by its EtherType, not looked at yet.
+pub(crate) enum Packet<'a> {
+    /// For [`parse_v4`].
+    V4(&'a [u8]),
+    /// For [`parse_v6`], and how many extension headers there may be.
+    V6(&'a [u8], usize),
+}
+
+impl<'a> Packet<'a> {
+    /// Skips VLAN tags.
+    #[inline]
+    pub(crate) fn find(head: &'a [u8]) -> Option<Self> {
+        let mut headers = MAX_HEADERS;
+        let mut rest = head.get(12..)?;
+        loop {
+            let (kind, behind) = rest.split_first_chunk::<2>()?;
+            match u16::from_be_bytes(*kind) {
+                ETHERTYPE_IPV4 => return Some(Self::V4(behind)),
+                ETHERTYPE_IPV6 => return Some(Self::V6(behind, headers)),
+                ETHERTYPE_VLAN | ETHERTYPE_QINQ => {
+                    headers = headers.checked_sub(1)?;
+                    rest = behind.get(2..)?;
+                }
+                _ => return None,
+            }
         }
     }
 }
 
-fn parse_v4(packet: &[u8]) -> Option<FlowV4> {
-    let version_and_length = *packet.first()?;
+/// The flow of an IPv4 packet.
+#[inline]
+pub(crate) fn parse_v4(packet: &[u8]) -> Option<FlowV4> {
+    let fixed = packet.first_chunk::<20>()?;
+    let [version_and_length, _, t0, t1, _, _, f0, f1, _, protocol, ..] = *fixed;
+    let [.., s0, s1, s2, s3, d0, d1, d2, d3] = *fixed;
     let header_bytes = usize::from(version_and_length & 0xf) * 4;
-    if version_and_length >> 4 != 4 || header_bytes < 20 || packet.len() < header_bytes {
+    if version_and_length >> 4 != 4 || header_bytes < 20 {
         return None;
     }
-    // A zero length is that of a segmentation-offload packet beyond 64 KiB.
-    let packet = match usize::from(be16(packet, 2)?) {
-        0 => packet,
-        total if total < header_bytes => return None,
-        total => packet.get(..total).unwrap_or(packet),
-    };
+    let payload = packet.get(header_bytes..)?;
+    let length = usize::from(u16::from_be_bytes([t0, t1])).checked_sub(header_bytes)?;
     // More-fragments and the offset; the reserved and don't-fragment bits do not matter.
-    let fragment = be16(packet, 6)? & 0x3fff != 0;
+    let fragment = u16::from_be_bytes([f0, f1]) & 0x3fff != 0;
     let transport = if fragment {
         None
     } else {
-        Transport::parse(*packet.get(9)?, packet.get(header_bytes..)?)
+        Payload::new(payload, length).transport(protocol)?
     };
     Some(FlowV4 {
-        source: Ipv4Addr::from(array::<4>(packet, 12)?),
-        destination: Ipv4Addr::from(array::<4>(packet, 16)?),
+        source: Ipv4Addr::new(s0, s1, s2, s3),
+        destination: Ipv4Addr::new(d0, d1, d2, d3),
         transport,
     })
 }
 
-fn parse_v6(packet: &[u8]) -> Option<FlowV6> {
-    if *packet.first()? >> 4 != 6 {
+/// The flow of an IPv6 packet with no more than `headers` extension headers.
+pub(crate) fn parse_v6(packet: &[u8], headers: usize) -> Option<FlowV6> {
+    let (fixed, payload) = packet.split_first_chunk::<40>()?;
+    let [version, _, _, _, l0, l1, next, ..] = *fixed;
+    if version >> 4 != 6 {
         return None;
     }
-    let source = Ipv6Addr::from(array::<16>(packet, 8)?);
-    let destination = Ipv6Addr::from(array::<16>(packet, 24)?);
-    let payload = packet.get(40..)?;
-    // A zero length is that of a jumbogram or a segmentation-offload packet beyond 64 KiB.
-    let payload = match usize::from(be16(packet, 4)?) {
-        0 => payload,
-        length => payload.get(..length).unwrap_or(payload),
-    };
-    let chain = Chain::walk(*packet.get(6)?, payload)?;
+    let source = Ipv6Addr::from(array::<16>(fixed, 8)?);
+    let destination = Ipv6Addr::from(array::<16>(fixed, 24)?);
+    let length = usize::from(u16::from_be_bytes([l0, l1]));
+    let chain = Chain::walk(next, Payload::new(payload, length), headers)?;
     let extended = chain.present.then(|| ExtendedAddresses {
         source: chain.home.unwrap_or(source),
         destination: chain.routed.unwrap_or(destination),
@@ -197,6 +268,22 @@ fn parse_v6(packet: &[u8]) -> Option<FlowV6> {
         extended,
         transport: chain.transport,
     })
+}
+
+/// Whether what an IPv6 header calls next is an extension header.
+const fn is_extension(next: u8) -> bool {
+    matches!(
+        next,
+        PROTO_HOP_BY_HOP
+            | PROTO_ROUTING
+            | PROTO_FRAGMENT
+            | PROTO_ENCRYPTED
+            | PROTO_AUTHENTICATION
+            | PROTO_DESTINATION
+            | PROTO_MOBILITY
+            | PROTO_HIP
+            | PROTO_SHIM6
+    )
 }
 
 /// What a chain of IPv6 extension headers holds.
@@ -213,31 +300,29 @@ struct Chain {
 }
 
 impl Chain {
-    /// Walks the chain whose first header is of kind `next`; each step shortens `rest`.
-    fn walk(mut next: u8, mut rest: &[u8]) -> Option<Self> {
+    /// Walks the chain of at most `headers` whose first is of kind `next`.
+    fn walk(mut next: u8, mut rest: Payload<'_>, mut headers: usize) -> Option<Self> {
         let mut chain = Self::default();
-        loop {
-            let header_bytes = match next {
-                PROTO_HOP_BY_HOP | PROTO_ROUTING | PROTO_DESTINATION | PROTO_HIP | PROTO_SHIM6 => {
-                    (usize::from(*rest.get(1)?) + 1) * 8
-                }
-                PROTO_AUTHENTICATION => (usize::from(*rest.get(1)?) + 2) * 4,
-                PROTO_FRAGMENT => {
-                    rest.get(..8)?;
-                    chain.present = true;
-                    return Some(chain);
-                }
-                _ => {
-                    chain.transport = Transport::parse(next, rest);
-                    return Some(chain);
-                }
-            };
-            let (header, behind) = rest.split_at_checked(header_bytes)?;
+        while is_extension(next) {
+            headers = headers.checked_sub(1)?;
             chain.present = true;
+            // The second byte counts units of 8 bytes behind the first 8, but for some kinds.
+            let length = || rest.bytes.get(1).copied().map(usize::from);
+            let header_bytes = match next {
+                PROTO_FRAGMENT | PROTO_ENCRYPTED => {
+                    rest.split(8)?;
+                    return Some(chain);
+                }
+                PROTO_AUTHENTICATION => (length()? + 2) * 4,
+                _ => (length()? + 1) * 8,
+            };
+            let (header, behind) = rest.split(header_bytes)?;
             chain.note(next, header)?;
             next = *header.first()?;
             rest = behind;
         }
+        chain.transport = rest.transport(next)?;
+        Some(chain)
     }
 
     /// Takes from one header what the `_EX` types want; `None` if it is malformed.
@@ -279,9 +364,7 @@ fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..)?.first_chunk::<N>().copied()
 }
 
-fn be16(bytes: &[u8], at: usize) -> Option<u16> {
-    array(bytes, at).map(u16::from_be_bytes)
-}
-
+#[cfg(test)]
+mod properties;
 #[cfg(test)]
 mod tests;

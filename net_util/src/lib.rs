@@ -25,7 +25,7 @@
 //! | [`config`] | the device configuration space of virtio-net |
 //! | [`flow`] | Ethernet frame → addresses and ports, on an untrusted slice, without allocation |
 //! | [`hash`] | hash types, reports and keys as the specification numbers them |
-//! | [`toeplitz`] | the Toeplitz hash, and the rule which type of hash a packet gets |
+//! | [`toeplitz`] | the Toeplitz hash by the fastest method of the CPU, and the rule which type of hash a packet gets |
 //! | [`ctrl`] | bodies of the control queue's commands, checked |
 //!
 //! Frames and control commands come from guests and networks: every parser here takes any bytes,

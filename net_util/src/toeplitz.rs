@@ -3,14 +3,19 @@
 //! Source: VIRTIO 1.4 §5.1.6.4.3; the hash itself is Microsoft's "RSS hashing functions".
 //!
 //! The hash of a bit string is the XOR, over each bit that is set, of the 32 bits of the key that
-//! start at that bit's index. [`hash_bitwise`] says just that. [`Toeplitz`] gives the same from a
-//! table with one row per byte of input: the XOR over the set bits of a byte depends only on the
-//! byte's value and place.
+//! start at that bit's index. [`hash_bitwise`] says just that. [`Toeplitz`] gives the same by one
+//! of several [`Method`]s, of which it takes the fastest that the CPU has when the key is set, so
+//! that nothing is asked per packet.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+mod carry_less;
+mod table;
 
-use crate::flow::{self, Flow, FlowV4, FlowV6, Protocol, Transport};
+use std::net::Ipv6Addr;
+
+use crate::flow::{self, Flow, FlowV4, FlowV6, Packet, Protocol, Transport};
 use crate::hash::{HashConfig, HashKey, HashReport, HashTypes, KEY_BYTES};
+use carry_less::{CarryLess, Wide};
+use table::Table;
 
 /// Bytes of the longest hash input: two IPv6 addresses and two ports.
 pub const MAX_INPUT_BYTES: usize = 36;
@@ -40,40 +45,135 @@ pub fn hash_bitwise(key: &HashKey, input: &[u8]) -> u32 {
     hash
 }
 
-/// A key made ready: 36 KiB of table, one load and XOR per byte of input.
+/// A way to calculate the hash. All give the same.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Method {
+    /// One load from a table of 36 KiB for each byte of input: any CPU.
+    Table,
+    /// One carry-less multiplication for each 4 bytes: x86-64 with PCLMULQDQ.
+    CarryLess,
+    /// The same for two packets at a time where there are many: x86-64 with VPCLMULQDQ and AVX2.
+    WideCarryLess,
+}
+
+impl Method {
+    /// All of them, the slowest first.
+    pub const ALL: [Self; 3] = [Self::Table, Self::CarryLess, Self::WideCarryLess];
+
+    /// Its name, for people.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Table => "table",
+            Self::CarryLess => "carry-less",
+            Self::WideCarryLess => "wide-carry-less",
+        }
+    }
+}
+
+/// A key made ready.
 #[derive(Clone)]
 pub struct Toeplitz {
-    rows: Box<[[u32; 256]; MAX_INPUT_BYTES]>,
+    form: Form,
+}
+
+/// The key as each method wants it.
+#[derive(Clone)]
+enum Form {
+    Table(Box<Table>),
+    CarryLess(CarryLess),
+    Wide(Wide),
 }
 
 impl Toeplitz {
-    /// Makes the table for `key`.
+    /// Makes `key` ready for the fastest method of this CPU.
     pub fn new(key: &HashKey) -> Self {
-        let mut rows = Box::new([[0; 256]; MAX_INPUT_BYTES]);
-        for (place, row) in rows.iter_mut().enumerate() {
-            // A value's hash is that of its highest set bit and that of the rest, which is a
-            // smaller value and so already in the row.
-            for bit in (0..8).rev() {
-                let window = key_window(key.as_bytes(), place * 8 + bit);
-                let (known, new) = row.split_at_mut(0x80 >> bit);
-                for (hash, rest) in new.iter_mut().zip(known) {
-                    *hash = *rest ^ window;
-                }
-            }
+        let fastest = Method::ALL
+            .iter()
+            .rev()
+            .find_map(|method| Self::with_method(key, *method));
+        fastest.unwrap_or_else(|| Self {
+            form: Form::Table(Box::new(Table::new(key))),
+        })
+    }
+
+    /// Makes `key` ready for `method`; `None` if this CPU does not have it.
+    pub fn with_method(key: &HashKey, method: Method) -> Option<Self> {
+        let form = match method {
+            Method::Table => Form::Table(Box::new(Table::new(key))),
+            Method::CarryLess => Form::CarryLess(CarryLess::new(key)?),
+            Method::WideCarryLess => Form::Wide(Wide::new(key)?),
+        };
+        Some(Self { form })
+    }
+
+    /// How it calculates.
+    pub const fn method(&self) -> Method {
+        match self.form {
+            Form::Table(_) => Method::Table,
+            Form::CarryLess(_) => Method::CarryLess,
+            Form::Wide(_) => Method::WideCarryLess,
         }
-        Self { rows }
     }
 
     /// The hash of `input`; bytes past [`MAX_INPUT_BYTES`] do not count.
     pub fn hash(&self, input: &[u8]) -> u32 {
-        let rows = self.rows.iter().zip(input);
-        rows.fold(0, |hash, (row, byte)| hash ^ row[usize::from(*byte)])
+        match &self.form {
+            Form::Table(table) => table.hash(input),
+            Form::CarryLess(key) | Form::Wide(Wide { one: key, .. }) => {
+                let mut padded = [0; MAX_INPUT_BYTES];
+                for (to, from) in padded.iter_mut().zip(input) {
+                    *to = *from;
+                }
+                key.hash(&padded)
+            }
+        }
+    }
+
+    /// The hash of an input whose length is known, as those of the specification are.
+    #[inline]
+    pub fn hash_array<const N: usize>(&self, input: &[u8; N]) -> u32 {
+        match &self.form {
+            Form::Table(table) => table.hash(input),
+            Form::CarryLess(key) | Form::Wide(Wide { one: key, .. }) => key.hash(input),
+        }
+    }
+
+    /// The hash of 12 bytes, given as big-endian numbers of 8 and of 4: what is in registers does not
+    /// take the detour by way of memory.
+    #[inline]
+    fn hash_12(&self, first: u64, last: u32) -> u32 {
+        match &self.form {
+            Form::Table(table) => {
+                let [a, b, c, d, e, f, g, h] = first.to_be_bytes();
+                let [i, j, k, l] = last.to_be_bytes();
+                table.hash(&[a, b, c, d, e, f, g, h, i, j, k, l])
+            }
+            Form::CarryLess(key) | Form::Wide(Wide { one: key, .. }) => key.hash_12(first, last),
+        }
+    }
+
+    /// The hashes of many inputs of one length, into `hashes` in their order; as many as the
+    /// shorter of both has.
+    pub fn hash_many<const N: usize>(&self, inputs: &[[u8; N]], hashes: &mut [u32]) {
+        let count = inputs.len().min(hashes.len());
+        let (Some(inputs), Some(hashes)) = (inputs.get(..count), hashes.get_mut(..count)) else {
+            return;
+        };
+        match &self.form {
+            Form::Table(table) => {
+                for (hash, input) in hashes.iter_mut().zip(inputs) {
+                    *hash = table.hash(input);
+                }
+            }
+            Form::CarryLess(key) => key.hash_many(inputs, hashes),
+            Form::Wide(key) => key.hash_many(inputs, hashes),
+        }
     }
 }
 
 impl std::fmt::Debug for Toeplitz {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // The table is the key.
+        // What was made of the key is the key.
         f.write_str("Toeplitz(..)")
     }
 }
@@ -95,7 +195,7 @@ pub struct PacketHasher {
 }
 
 impl PacketHasher {
-    /// Makes the table for the key of `config`; done once per command, not per packet.
+    /// Makes the key of `config` ready; done once per command, not per packet.
     pub fn new(config: &HashConfig) -> Self {
         Self {
             types: config.types,
@@ -113,9 +213,15 @@ impl PacketHasher {
         if self.types.is_empty() {
             return PacketHash::default();
         }
-        flow::parse(head)
-            .map(|flow| self.hash_flow(&flow))
-            .unwrap_or_default()
+        // Not by way of a `Flow`: to put one together would cost as much as the hash.
+        let hash = match Packet::find(head) {
+            Some(Packet::V4(packet)) => flow::parse_v4(packet).map(|flow| self.hash_v4(&flow)),
+            Some(Packet::V6(packet, headers)) => {
+                flow::parse_v6(packet, headers).map(|flow| self.hash_v6(&flow))
+            }
+            None => None,
+        };
+        hash.unwrap_or_default()
     }
 
     /// The hash of a packet of `flow`.
@@ -126,20 +232,25 @@ impl PacketHasher {
         }
     }
 
+    #[inline]
     fn hash_v4(&self, flow: &FlowV4) -> PacketHash {
-        let hash =
-            |ports, report| self.hash_addresses_v4(flow.source, flow.destination, ports, report);
         let on = |types| self.types.contains(types);
-        match flow.transport {
+        let (ports, report) = match flow.transport {
             Some(t) if t.protocol == Protocol::Tcp && on(HashTypes::TCPV4) => {
-                hash(Some(t), HashReport::TcpV4)
+                (Some(t), HashReport::TcpV4)
             }
             Some(t) if t.protocol == Protocol::Udp && on(HashTypes::UDPV4) => {
-                hash(Some(t), HashReport::UdpV4)
+                (Some(t), HashReport::UdpV4)
             }
-            _ if on(HashTypes::IPV4) => hash(None, HashReport::IpV4),
-            _ => PacketHash::default(),
-        }
+            _ if on(HashTypes::IPV4) => (None, HashReport::IpV4),
+            _ => return PacketHash::default(),
+        };
+        let (source, destination) = (flow.source.to_bits(), flow.destination.to_bits());
+        // Without ports the input ends earlier; zeros add nothing to the hash.
+        let ports = ports.map_or(0, Transport::bits);
+        let addresses = u64::from(source) << 32 | u64::from(destination);
+        let value = self.toeplitz.hash_12(addresses, ports);
+        PacketHash { value, report }
     }
 
     fn hash_v6(&self, flow: &FlowV6) -> PacketHash {
@@ -161,42 +272,23 @@ impl PacketHasher {
             _ if on(HashTypes::IP_EX) => (None, HashReport::IpV6Ex),
             _ => return None,
         };
-        Some(self.hash_addresses_v6(addresses.source, addresses.destination, ports, report))
+        let value = self.hash_addresses_v6(addresses.source, addresses.destination, ports);
+        Some(PacketHash { value, report })
     }
 
     fn hash_v6_plain(&self, flow: &FlowV6) -> PacketHash {
-        let hash =
-            |ports, report| self.hash_addresses_v6(flow.source, flow.destination, ports, report);
         let on = |types| self.types.contains(types);
-        match flow.transport {
+        let (ports, report) = match flow.transport {
             Some(t) if t.protocol == Protocol::Tcp && on(HashTypes::TCPV6) => {
-                hash(Some(t), HashReport::TcpV6)
+                (Some(t), HashReport::TcpV6)
             }
             Some(t) if t.protocol == Protocol::Udp && on(HashTypes::UDPV6) => {
-                hash(Some(t), HashReport::UdpV6)
+                (Some(t), HashReport::UdpV6)
             }
-            _ if on(HashTypes::IPV6) => hash(None, HashReport::IpV6),
-            _ => PacketHash::default(),
-        }
-    }
-
-    fn hash_addresses_v4(
-        &self,
-        source: Ipv4Addr,
-        destination: Ipv4Addr,
-        ports: Option<Transport>,
-        report: HashReport,
-    ) -> PacketHash {
-        let mut input = [0; 12];
-        input[..4].copy_from_slice(&source.octets());
-        input[4..8].copy_from_slice(&destination.octets());
-        let value = match ports {
-            Some(ports) => {
-                input[8..].copy_from_slice(&ports.octets());
-                self.toeplitz.hash(&input)
-            }
-            None => self.toeplitz.hash(&input[..8]),
+            _ if on(HashTypes::IPV6) => (None, HashReport::IpV6),
+            _ => return PacketHash::default(),
         };
+        let value = self.hash_addresses_v6(flow.source, flow.destination, ports);
         PacketHash { value, report }
     }
 
@@ -205,19 +297,13 @@ impl PacketHasher {
         source: Ipv6Addr,
         destination: Ipv6Addr,
         ports: Option<Transport>,
-        report: HashReport,
-    ) -> PacketHash {
+    ) -> u32 {
         let mut input = [0; MAX_INPUT_BYTES];
         input[..16].copy_from_slice(&source.octets());
         input[16..32].copy_from_slice(&destination.octets());
-        let value = match ports {
-            Some(ports) => {
-                input[32..].copy_from_slice(&ports.octets());
-                self.toeplitz.hash(&input)
-            }
-            None => self.toeplitz.hash(&input[..32]),
-        };
-        PacketHash { value, report }
+        // Without ports the input ends earlier; zeros add nothing to the hash.
+        input[32..].copy_from_slice(&ports.map_or(0, Transport::bits).to_be_bytes());
+        self.toeplitz.hash_array(&input)
     }
 }
 

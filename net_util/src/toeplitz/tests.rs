@@ -87,6 +87,134 @@ fn hasher(types: HashTypes) -> PacketHasher {
     })
 }
 
+/// The key made ready for each method that this CPU has, and a note on the others.
+fn every_method(key: &HashKey) -> Vec<Toeplitz> {
+    let ready = |method: &Method| {
+        let toeplitz = Toeplitz::with_method(key, *method);
+        if toeplitz.is_none() {
+            println!("SKIP: {}: this CPU does not have it", method.name());
+        }
+        toeplitz
+    };
+    Method::ALL.iter().filter_map(ready).collect()
+}
+
+/// A vector's input, addresses and ports.
+fn input(source: &str, source_port: u16, destination: &str, destination_port: u16) -> Vec<u8> {
+    let octets = |address: &str| match address.parse().unwrap() {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    let ports = [source_port.to_be_bytes(), destination_port.to_be_bytes()];
+    [octets(source), octets(destination), ports.concat()].concat()
+}
+
+#[test]
+fn microsofts_vectors_by_every_method() {
+    for toeplitz in every_method(&HashKey::from(KEY)) {
+        let method = toeplitz.method();
+        for (source, source_port, destination, destination_port, plain, with_ports) in VECTORS {
+            let input = input(source, source_port, destination, destination_port);
+            let (addresses, _) = input.split_at(input.len() - 4);
+            assert_eq!(toeplitz.hash(&input), with_ports, "{method:?}");
+            assert_eq!(toeplitz.hash(addresses), plain, "{method:?}");
+            match (
+                <[u8; 12]>::try_from(&input[..]),
+                <[u8; 36]>::try_from(&input[..]),
+            ) {
+                (Ok(input), _) => assert_eq!(toeplitz.hash_array(&input), with_ports, "{method:?}"),
+                (_, Ok(input)) => assert_eq!(toeplitz.hash_array(&input), with_ports, "{method:?}"),
+                _ => panic!("{} bytes", input.len()),
+            }
+        }
+        // Nine inputs: a group of eight, and one that is left over.
+        let (v4, v6) = VECTORS.split_at(5);
+        let repeated = |vectors: &[(&'static str, u16, &'static str, u16, u32, u32)]| {
+            let repeated = vectors.iter().copied().cycle().take(9);
+            repeated.collect::<Vec<_>>()
+        };
+        let (v4, v6) = (repeated(v4), repeated(v6));
+        let inputs = |vectors: &[(&str, u16, &str, u16, u32, u32)]| -> Vec<Vec<u8>> {
+            let inputs = vectors.iter().map(|(a, b, c, d, ..)| input(a, *b, c, *d));
+            inputs.collect()
+        };
+        let inputs_v4: Vec<[u8; 12]> = inputs(&v4)
+            .into_iter()
+            .map(|input| input.try_into().unwrap())
+            .collect();
+        let inputs_v6: Vec<[u8; 36]> = inputs(&v6)
+            .into_iter()
+            .map(|input| input.try_into().unwrap())
+            .collect();
+        let mut hashes = [0; 9];
+        toeplitz.hash_many(&inputs_v4, &mut hashes);
+        assert!(v4.iter().map(|vector| vector.5).eq(hashes), "{method:?}");
+        toeplitz.hash_many(&inputs_v6, &mut hashes);
+        assert!(v6.iter().map(|vector| vector.5).eq(hashes), "{method:?}");
+    }
+}
+
+#[test]
+fn fastest_method_that_there_is_gets_taken() {
+    let all = every_method(&HashKey::ZERO);
+    let fastest = all.last().map(Toeplitz::method);
+    assert_eq!(Some(Toeplitz::new(&HashKey::ZERO).method()), fastest);
+}
+
+#[test]
+fn more_bytes_than_the_longest_input_do_not_count() {
+    for toeplitz in every_method(&HashKey::from(KEY)) {
+        let long = [0x5a; MAX_INPUT_BYTES + 9];
+        let expected = hash_bitwise(&HashKey::from(KEY), &long[..MAX_INPUT_BYTES]);
+        assert_eq!(toeplitz.hash(&long), expected, "{:?}", toeplitz.method());
+    }
+}
+
+#[test]
+fn as_many_hashes_are_made_as_there_is_room_and_input() {
+    let inputs: [[u8; 12]; 20] = std::array::from_fn(|i| [u8::try_from(i).unwrap() + 1; 12]);
+    for toeplitz in every_method(&HashKey::from(KEY)) {
+        for (given, room) in [
+            (20, 3),
+            (20, 11),
+            (20, 20),
+            (11, 20),
+            (3, 20),
+            (0, 20),
+            (20, 0),
+        ] {
+            let mut hashes = [0; 20];
+            toeplitz.hash_many(&inputs[..given], &mut hashes[..room]);
+            for (i, (hash, input)) in hashes.iter().zip(&inputs).enumerate() {
+                let expected = if i < given.min(room) {
+                    hash_bitwise(&HashKey::from(KEY), input)
+                } else {
+                    0
+                };
+                assert_eq!(*hash, expected, "{:?}, {i} of {given}", toeplitz.method());
+            }
+        }
+    }
+}
+
+/// Holds `hash_array` and `hash_many` for inputs of `N` bytes, cut out of `bytes`, against the
+/// definition.
+fn check_length<const N: usize>(toeplitz: &Toeplitz, key: &HashKey, bytes: &[u8]) {
+    let (inputs, _) = bytes.as_chunks::<N>();
+    let mut hashes = vec![0; inputs.len()];
+    toeplitz.hash_many(inputs, &mut hashes);
+    for (i, (input, hash)) in inputs.iter().zip(hashes).enumerate() {
+        let expected = hash_bitwise(key, input);
+        let method = toeplitz.method();
+        assert_eq!(hash, expected, "{method:?}, {i} of many of {N} bytes");
+        assert_eq!(
+            toeplitz.hash_array(input),
+            expected,
+            "{method:?}, {N} bytes"
+        );
+    }
+}
+
 fn flow(source: IpAddr, destination: IpAddr, transport: Option<Transport>) -> Flow {
     match (source, destination) {
         (IpAddr::V4(source), IpAddr::V4(destination)) => Flow::V4(FlowV4 {
@@ -151,7 +279,14 @@ fn last_bit_of_the_longest_input_takes_the_last_bits_of_the_key() {
     // Bits 287 to 318 of the key's 320, cut out by hand.
     let expected = 0xdf5600fd;
     assert_eq!(hash_bitwise(&key, &input), expected);
-    assert_eq!(Toeplitz::new(&key).hash(&input), expected);
+    for toeplitz in every_method(&key) {
+        assert_eq!(
+            toeplitz.hash_array(&input),
+            expected,
+            "{:?}",
+            toeplitz.method()
+        );
+    }
 }
 
 const TCP: Option<Transport> = Some(Transport {
@@ -269,13 +404,42 @@ fn secrets_do_not_reach_logs() {
 
 proptest! {
     #[test]
-    fn table_agrees_with_the_definition(
+    fn every_method_agrees_with_the_definition(
         key: [u8; 32],
         key_tail: [u8; 8],
         input in prop::collection::vec(any::<u8>(), 0..=MAX_INPUT_BYTES),
     ) {
         let key = HashKey::from((key, key_tail));
-        prop_assert_eq!(Toeplitz::new(&key).hash(&input), hash_bitwise(&key, &input));
+        let expected = hash_bitwise(&key, &input);
+        for toeplitz in every_method(&key) {
+            prop_assert_eq!(toeplitz.hash(&input), expected, "{:?}", toeplitz.method());
+        }
+    }
+
+    /// Lengths on both sides of each limit between words, halves of words and blocks.
+    #[test]
+    fn every_method_agrees_at_each_length_on_one_and_many(
+        key: [u8; 32],
+        key_tail: [u8; 8],
+        bytes in prop::collection::vec(any::<u8>(), 0..1000),
+    ) {
+        let key = HashKey::from((key, key_tail));
+        for toeplitz in every_method(&key) {
+            check_length::<2>(&toeplitz, &key, &bytes);
+            check_length::<4>(&toeplitz, &key, &bytes);
+            check_length::<5>(&toeplitz, &key, &bytes);
+            check_length::<8>(&toeplitz, &key, &bytes);
+            check_length::<9>(&toeplitz, &key, &bytes);
+            check_length::<12>(&toeplitz, &key, &bytes);
+            check_length::<13>(&toeplitz, &key, &bytes);
+            check_length::<16>(&toeplitz, &key, &bytes);
+            check_length::<17>(&toeplitz, &key, &bytes);
+            check_length::<21>(&toeplitz, &key, &bytes);
+            check_length::<29>(&toeplitz, &key, &bytes);
+            check_length::<32>(&toeplitz, &key, &bytes);
+            check_length::<33>(&toeplitz, &key, &bytes);
+            check_length::<36>(&toeplitz, &key, &bytes);
+        }
     }
 
     /// Padding with zeros is the same as a window that ends in zeros.
