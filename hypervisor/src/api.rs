@@ -1,6 +1,7 @@
 //! The traits the VMM is written against, and the types in their signatures.
 
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use vm_memory::GuestAddress;
@@ -215,6 +216,17 @@ pub trait Vm: IrqChip + DirtyLog {
     /// # Errors
     /// [`Error::UnknownSlot`], or KVM's.
     fn remove_memory(&self, slot: MemorySlot) -> Result<(), Error>;
+    /// Takes note of a file of VFIO, a group's or a device's own, before a device is opened by it: the
+    /// devices behind it work for this VM, until [`remove_vfio_file`](Self::remove_vfio_file).
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`], or KVM's (ENODEV, EEXIST, EINVAL of what is no such file).
+    fn add_vfio_file(&self, file: BorrowedFd<'_>) -> Result<(), Error>;
+    /// Forgets the file, which KVM would keep open otherwise.
+    ///
+    /// # Errors
+    /// KVM's (ENOENT of a file that was not added).
+    fn remove_vfio_file(&self, file: BorrowedFd<'_>) -> Result<(), Error>;
     /// Creates the vCPU with APIC ID `index`. vCPU 0 starts, the others wait for it.
     ///
     /// # Errors

@@ -15,6 +15,7 @@ mod undisturbed;
 mod vcpu;
 mod vcpu_mapping;
 mod vcpu_state;
+mod vfio;
 mod vm;
 
 /// KVM's device node.

@@ -2,6 +2,7 @@
 //!
 //! Ports the snippets use: 0x10 reports a value, 0x12 an interrupt, 0x30 is a doorbell.
 
+use std::os::fd::AsFd;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -499,5 +500,24 @@ fn no_kick_is_lost() {
         requests.send(u32::MAX).unwrap();
         kicker.kick().unwrap();
         runner.join().unwrap();
+    }
+}
+
+#[test]
+fn files_that_are_not_of_vfio_are_not_taken_for_such() {
+    let Some(host) = host("files_that_are_not_of_vfio_are_not_taken_for_such") else {
+        return;
+    };
+    let vm = host.create_vm(&VmOptions::default()).unwrap();
+    let file = std::fs::File::open("/dev/null").unwrap();
+    // Nothing was added yet.
+    vm.remove_vfio_file(file.as_fd()).unwrap();
+    match vm.add_vfio_file(file.as_fd()) {
+        Err(Error::Ioctl { operation, .. }) => {
+            assert_eq!(operation, "KVM_SET_DEVICE_ATTR (VFIO)");
+            assert!(vm.remove_vfio_file(file.as_fd()).is_err());
+        }
+        Err(Error::Unsupported { capability, .. }) => assert_eq!(capability, "KVM_DEV_TYPE_VFIO"),
+        other => panic!("{other:?}"),
     }
 }

@@ -1,6 +1,7 @@
 //! One VM.
 
 use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use kvm_bindings::{
@@ -17,6 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::dirty_log::Record;
 use super::ioctls::{self, Doorbell};
 use super::vcpu::KvmVcpu;
+use super::vfio::VfioDevice;
 use crate::capabilities::{XSAVE_MAX_BYTES, xsave_bytes};
 use crate::state::{VM_STATE_VERSION, VmState};
 use crate::{
@@ -77,6 +79,7 @@ pub(super) struct Inner {
     pub(super) slots: RwLock<BTreeMap<u32, Slot>>,
     /// Rings are unmapped with it, after the memory went.
     pub(super) record: Record,
+    vfio: VfioDevice,
 }
 
 /// A VM on KVM.
@@ -133,6 +136,7 @@ impl KvmVm {
                 timer: options.timer,
                 slots: RwLock::new(BTreeMap::new()),
                 record,
+                vfio: VfioDevice::default(),
             }),
         })
     }
@@ -234,6 +238,14 @@ impl Vm for KvmVm {
             }
             Some(_) | None => Ok(()),
         }
+    }
+
+    fn add_vfio_file(&self, file: BorrowedFd<'_>) -> Result<(), Error> {
+        self.inner.vfio.add(&self.inner.fd, file)
+    }
+
+    fn remove_vfio_file(&self, file: BorrowedFd<'_>) -> Result<(), Error> {
+        self.inner.vfio.remove(file)
     }
 
     fn create_vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>, Error> {
