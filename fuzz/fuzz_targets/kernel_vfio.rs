@@ -12,7 +12,9 @@ use std::time::Duration;
 use devices::ThreadSpawner;
 use libfuzzer_sys::fuzz_target;
 use passthrough::kernel::describe::{decode_device, decode_iommu};
-use passthrough::kernel::{Groups, Kernel, LogSpan, Message, Number, PinnedRam};
+use passthrough::kernel::{
+    FileRegistry, HostVfio, Interface, IovaRules, Kernel, LogSpan, Message, Number, PinnedRam, Reach,
+};
 use passthrough::{Backend, IrqKind, KernelVfioBackend};
 use vfio_user::region::decode_layout;
 use vfio_user::wire::AreaMsg;
@@ -107,6 +109,42 @@ impl Kernel for Script {
         self.result().map(drop)
     }
 
+    fn ioas_map(&self, _fd: BorrowedFd<'_>, _ioas: u32, _ram: &PinnedRam) -> Result<(), Errno> {
+        self.result().map(drop)
+    }
+
+    fn ioas_ranges(
+        &self,
+        _fd: BorrowedFd<'_>,
+        _ioas: u32,
+        ranges: &mut [[u64; 2]],
+    ) -> Result<IovaRules, Errno> {
+        self.result()?;
+        let told = usize::from(self.byte());
+        for range in ranges.iter_mut().take(told) {
+            *range = [self.word(), self.word()];
+        }
+        let ranges = match told {
+            0xff => u32::MAX,
+            _ => u32::try_from(told).expect("a byte"),
+        };
+        let alignment = match self.byte() {
+            shift @ 0..64 => 1 << shift,
+            _ => self.word(),
+        };
+        Ok(IovaRules { ranges, alignment })
+    }
+
+    fn hwpt_report(
+        &self,
+        iommufd: BorrowedFd<'_>,
+        _hwpt: u32,
+        span: LogSpan,
+        words: &mut [u64],
+    ) -> Result<(), Errno> {
+        self.log_report(iommufd, span, words)
+    }
+
     fn set_migration_state(
         &self,
         _device: BorrowedFd<'_>,
@@ -183,11 +221,38 @@ fn device() -> &'static Path {
     PATH.get_or_init(|| {
         let name = format!("ferry-fuzz-{}/0000:01:00.0", std::process::id());
         let path = std::env::temp_dir().join(name);
-        std::fs::create_dir_all(&path).expect("a temporary folder");
+        std::fs::create_dir_all(path.join("vfio-dev/vfio0")).expect("a temporary folder");
         // One that is there is of this target, too.
         let _ = std::os::unix::fs::symlink("../../groups/7", path.join("iommu_group"));
         path
     })
+}
+
+/// Nobody wants to know of files.
+struct NoRegistry;
+
+impl FileRegistry for NoRegistry {
+    fn add(&self, _file: BorrowedFd<'_>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Ok(())
+    }
+
+    fn remove(&self, _file: BorrowedFd<'_>) {}
+}
+
+/// What of a list of ranges may be believed.
+fn check_reach(bytes: &[u8]) {
+    let words = bytes.chunks_exact(8);
+    let word = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
+    let words: Vec<u64> = words.map(word).collect();
+    let ranges = words.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect();
+    let told = bytes.first().copied().unwrap_or(0).into();
+    if let Ok(reach) = Reach::decode(told, ranges, words.last().copied().unwrap_or(0)) {
+        assert!(reach.page >= PageSize::SIZE_4K);
+        assert_eq!(reach.ranges.len(), usize::try_from(told).expect("a byte"));
+        for [first, last] in &reach.ranges {
+            assert!(reach.holds(*first, *last));
+        }
+    }
 }
 
 /// What of an answer may be believed.
@@ -224,6 +289,16 @@ fn use_device(device: &KernelVfioBackend, script: &Script) {
         let _ = device.map(region);
     }
     let _ = (device.migration(), device.state(), device.can_log());
+    if let Some(log) = device.shared_log() {
+        for first in [0, 1 << 32] {
+            let range = IovaRange::new(Iova(first), RAM).expect("a range");
+            let Ok(page) = log.start().and_then(|()| log.page_size()) else {
+                continue;
+            };
+            let _ = IovaBitmap::over(range, page).map(|mut bitmap| log.report(&mut bitmap));
+            let _ = log.stop();
+        }
+    }
     while let Some(step) = script.take(1) {
         let state = u32::from(step[0] & 7);
         let _ = match step[0] >> 3 {
@@ -249,9 +324,15 @@ fn use_device(device: &KernelVfioBackend, script: &Script) {
 
 fuzz_target!(|bytes: &[u8]| {
     check_description(bytes);
+    check_reach(bytes);
     let script = Arc::new(Script(Mutex::new(bytes.to_vec())));
-    let groups = Groups::new(Arc::clone(&script) as Arc<dyn Kernel>);
-    if let Ok(mut device) = KernelVfioBackend::open(device(), &groups) {
+    let interface = match script.byte() & 1 {
+        0 => Interface::Group,
+        _ => Interface::Iommufd,
+    };
+    let kernel = Arc::clone(&script) as Arc<dyn Kernel>;
+    let host = HostVfio::new(kernel, interface, Arc::default(), Arc::new(NoRegistry));
+    if let Ok(mut device) = host.open(device()) {
         if script.byte() == 0 {
             let _ = device.watch("x", &ThreadSpawner::unconfined(), Box::new(|_| ()));
         }

@@ -83,8 +83,8 @@ const STREAM: &[&str] = &["recvfrom", "sendto", "shutdown"];
 /// Accesses of a device of the host at offsets of its file.
 const VFIO: &[&str] = &["pread64", "pwrite64"];
 
-/// Finding a device of the host and its IOMMU group.
-const VFIO_OPEN: &[&str] = &["readlink"];
+/// Finding a device of the host, its IOMMU group and its own file.
+const VFIO_OPEN: &[&str] = &["fstat", "getdents64", "newfstatat", "readlink"];
 
 /// Opening what devices are connected to: files, taps, sockets.
 const OPEN_DEVICES: &[&str] = &[
@@ -202,7 +202,8 @@ const ROUTES: &[Ioctl] = &[
     Request(0xae79), // KVM_IOEVENTFD
 ];
 
-/// Opening a device of the host and giving it the guest's memory (`linux/vfio.h`).
+/// Opening a device of the host and giving it the guest's memory (`linux/vfio.h`,
+/// `linux/iommufd.h`).
 const VFIO_SETUP: &[Ioctl] = &[
     Request(0x3b64), // VFIO_GET_API_VERSION
     Request(0x3b65), // VFIO_CHECK_EXTENSION
@@ -216,6 +217,16 @@ const VFIO_SETUP: &[Ioctl] = &[
     Request(0x3b70), // VFIO_IOMMU_GET_INFO
     Request(0x3b71), // VFIO_IOMMU_MAP_DMA
     Request(0x3b72), // VFIO_IOMMU_UNMAP_DMA
+    Request(0x3b76), // VFIO_DEVICE_BIND_IOMMUFD
+    Request(0x3b77), // VFIO_DEVICE_ATTACH_IOMMUFD_PT
+    Request(0x3b78), // VFIO_DEVICE_DETACH_IOMMUFD_PT
+    Request(0x3b80), // IOMMU_DESTROY
+    Request(0x3b81), // IOMMU_IOAS_ALLOC
+    Request(0x3b84), // IOMMU_IOAS_IOVA_RANGES
+    Request(0x3b85), // IOMMU_IOAS_MAP
+    Request(0x3b86), // IOMMU_IOAS_UNMAP
+    Request(0x3b89), // IOMMU_HWPT_ALLOC
+    Request(0x3b8a), // IOMMU_GET_HW_INFO
 ];
 
 /// What a guest's driver asks of a device of the host: interrupts (`linux/vfio.h`).
@@ -223,11 +234,15 @@ const VFIO_IRQS: &[Ioctl] = &[
     Request(0x3b6e), // VFIO_DEVICE_SET_IRQS
 ];
 
-/// Stopping, resetting and migrating a device of the host (`linux/vfio.h`).
+/// Stopping, resetting and migrating a device of the host, and learning what it wrote
+/// (`linux/vfio.h`, `linux/iommufd.h`).
 const VFIO_STATE: &[Ioctl] = &[
     Request(0x3b6f), // VFIO_DEVICE_RESET
     Request(0x3b75), // VFIO_DEVICE_FEATURE
     Request(0x3b79), // VFIO_MIG_GET_PRECOPY_INFO
+    Request(0x3b84), // IOMMU_IOAS_IOVA_RANGES, for the page size of the next two
+    Request(0x3b8b), // IOMMU_HWPT_SET_DIRTY_TRACKING
+    Request(0x3b8c), // IOMMU_HWPT_GET_DIRTY_BITMAP
 ];
 
 /// Opening a tap and bringing it up (`linux/if_tun.h`, `linux/sockios.h`).

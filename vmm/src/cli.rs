@@ -9,7 +9,7 @@ use sandbox::SeccompMode;
 use crate::api::ApiSocket;
 use crate::config::{
     ConfigError, ConsoleConfig, CpusConfig, DeviceConfig, MemoryConfig, NetConfig, PayloadConfig,
-    RngConfig, UserDeviceConfig, VmConfig, default_console, default_serial,
+    PlatformConfig, RngConfig, UserDeviceConfig, VmConfig, default_console, default_serial,
 };
 
 /// How much `ferry` says on standard error.
@@ -166,10 +166,12 @@ pub struct Cli {
         long,
         value_name = "path=DIR,…",
         num_args = 1..,
-        help = "PCI device of the host: path=/sys/bus/pci/devices/ADDRESS[,id=NAME][,dirty=auto|all]; \
-            may be repeated",
+        help = "PCI device of the host: path=/sys/bus/pci/devices/ADDRESS|fd=N[,id=NAME]\
+            [,dirty=auto|all]; may be repeated",
         long_help = "PCI device of the host, bound to vfio-pci or a driver of its kind; may be \
-            repeated: path=/sys/bus/pci/devices/ADDRESS[,id=NAME][,dirty=auto|all]\n\n\
+            repeated: path=/sys/bus/pci/devices/ADDRESS|fd=N[,id=NAME][,dirty=auto|all]\n\n\
+            fd is the device's own file, /dev/vfio/devices/NAME, opened read-write by whoever starts \
+            ferry and used by nobody else; ferry then needs no rights to it (see also --platform).\n\n\
             dirty=all lets the VM migrate although nobody can tell which pages the device wrote: \
             all memory is then copied while the guest stands still. Without it (auto) such a \
             migration is refused.\n\n\
@@ -189,6 +191,20 @@ pub struct Cli {
         help_heading = "Devices"
     )]
     pub user_device: Vec<UserDeviceConfig>,
+
+    /// How devices of the host are opened.
+    #[arg(
+        long,
+        value_name = "iommufd=MODE,…",
+        help = "How devices of the host are opened: iommufd=on|off|auto[,iommufd_fd=N]",
+        long_help = "How devices of the host are opened: iommufd=on|off|auto[,iommufd_fd=N]\n\n\
+            on: by their own files in /dev/vfio/devices and /dev/iommu; off: by their groups and \
+            /dev/vfio/vfio; auto: as on where both files can be opened, else as off. iommufd_fd is an \
+            open /dev/iommu that ferry inherits, and then keeps for all its VMs.\n\n\
+            Default: iommufd=auto.",
+        help_heading = "Devices"
+    )]
+    pub platform: Option<PlatformConfig>,
 
     /// Entropy source: src=FILE.
     ///
@@ -261,6 +277,7 @@ impl Cli {
                 initramfs: self.initramfs.clone(),
                 cmdline: self.cmdline.clone(),
             },
+            platform: self.platform.unwrap_or_default(),
             net: self.net.clone(),
             rng: self.rng.clone().unwrap_or_default(),
             serial: self.serial.clone().unwrap_or_else(default_serial),
@@ -278,6 +295,7 @@ impl Cli {
             || self.serial.is_some()
             || self.console.is_some()
             || self.rng.is_some()
+            || self.platform.is_some()
             || !self.net.is_empty()
             || !self.device.is_empty()
             || !self.user_device.is_empty()

@@ -12,6 +12,8 @@ use vfio_user::{DeviceInfo, DeviceState, IoEventFd, MigrationFlags, PrecopyInfo,
 use vm_migration::memory::GuestRegion;
 use vm_migration::{Gpa, IovaBitmap, IovaRange, PageSize, RamRegion};
 
+use crate::rung::DirtyRung;
+
 /// Why a device did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
@@ -68,8 +70,13 @@ impl IrqKind {
 
 /// A log of DMA that several devices share, of all that is mapped for them.
 pub trait SharedLog: Send + Sync {
-    /// The page size of its reports.
-    fn page_size(&self) -> PageSize;
+    /// Which rung it is.
+    fn rung(&self) -> DirtyRung;
+    /// The page size of its reports, once it is started.
+    ///
+    /// # Errors
+    /// [`BackendError`].
+    fn page_size(&self) -> Result<PageSize, BackendError>;
     /// Bytes of the largest mapped region it can report.
     fn max_region(&self) -> u64;
     /// Starts it.

@@ -216,7 +216,7 @@ impl Passthrough {
             mapped.all(|ram| ram.len <= log.max_region())
         };
         if let Some(log) = inner.backend.shared_log().filter(fits) {
-            return Ok(FoundLog::Container(log));
+            return Ok(FoundLog::Shared(log));
         }
         match consent {
             true => Ok(FoundLog::Nowhere),

@@ -1,4 +1,4 @@
-//! The device's dirty log, or its container's, by the addresses that the device uses.
+//! The device's dirty log, or the one it shares, by the addresses that the device uses.
 //!
 //! All of guest memory is mapped for the device where the guest sees it, so its IOVAs are GPAs:
 //! [`Translated::identity`] makes the log a source for the migration loop.
@@ -12,7 +12,7 @@ use vm_migration::{
 
 use crate::backend::SharedLog;
 use crate::device::Passthrough;
-use crate::rung::{DmaLog, EverythingDirty, FoundLog, OfContainer};
+use crate::rung::{DmaLog, EverythingDirty, FoundLog, OfMany};
 
 /// What a log is in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -248,9 +248,9 @@ pub fn dirty_sources<'a>(
         match device.find_log(consent)? {
             FoundLog::Device => sources.push(source(inner)),
             FoundLog::Nowhere => sources.push(Box::new(EverythingDirty::new(inner))),
-            FoundLog::Container(log) => {
+            FoundLog::Shared(log) => {
                 if !shared.iter().any(|known| same(known, &log)) {
-                    let of = OfContainer::new(inner, Arc::clone(&log));
+                    let of = OfMany::new(inner, Arc::clone(&log));
                     sources.push(source(Arc::new(of)));
                     shared.push(log);
                 }

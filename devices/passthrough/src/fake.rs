@@ -17,6 +17,7 @@ use vm_migration::memory::GuestRegion;
 use vm_migration::{Gpa, Iova, IovaBitmap, IovaRange, PageSize, RamRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::DirtyRung;
 use crate::backend::{Backend, BackendError, IrqKind, SharedLog};
 use crate::device::Passthrough;
 
@@ -433,8 +434,12 @@ impl FakeShared {
 }
 
 impl SharedLog for FakeShared {
-    fn page_size(&self) -> PageSize {
-        PageSize::SIZE_4K
+    fn rung(&self) -> DirtyRung {
+        DirtyRung::Container
+    }
+
+    fn page_size(&self) -> Result<PageSize, BackendError> {
+        Ok(PageSize::SIZE_4K)
     }
 
     fn max_region(&self) -> u64 {

@@ -44,7 +44,7 @@ pub use backend::{Backend, BackendError, IrqKind, SharedLog};
 pub use device::{Passthrough, PassthroughError};
 pub use dirty::{PassthroughDirty, dirty_sources};
 pub use front::FrontError;
-pub use kernel::{DeviceNews, HostKernel, KernelError, KernelVfioBackend};
+pub use kernel::{DeviceNews, HostKernel, HostVfio, KernelError, KernelVfioBackend};
 pub use profile::{DeviceIdentity, DeviceProfile, VirtioOffer};
 pub use rung::{DirtyRung, EverythingDirty};
 pub use sink::PassthroughSink;

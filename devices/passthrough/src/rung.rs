@@ -16,6 +16,8 @@ use crate::device::Inner;
 pub enum DirtyRung {
     /// The device logs its own writes.
     DeviceLog,
+    /// The IOMMU sets dirty bits in the page table (of an iommufd) that the device's DMA goes through.
+    Iommu,
     /// VFIO's container keeps bitmaps for all devices in it. Without help of an IOMMU they say that
     /// everything was written.
     Container,
@@ -28,6 +30,7 @@ impl fmt::Display for DirtyRung {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::DeviceLog => "device DMA log",
+            Self::Iommu => "IOMMU dirty bits (iommufd)",
             Self::Container => "VFIO container bitmaps",
             Self::Everything => "none: everything counts as written (dirty=all)",
         })
@@ -38,17 +41,17 @@ impl fmt::Display for DirtyRung {
 pub(crate) enum FoundLog {
     /// The device's own.
     Device,
-    /// That of its container.
-    Container(Arc<dyn SharedLog>),
+    /// That of its page table or container.
+    Shared(Arc<dyn SharedLog>),
     /// None, by consent.
     Nowhere,
 }
 
 impl FoundLog {
-    pub(crate) const fn rung(&self) -> DirtyRung {
+    pub(crate) fn rung(&self) -> DirtyRung {
         match self {
             Self::Device => DirtyRung::DeviceLog,
-            Self::Container(_) => DirtyRung::Container,
+            Self::Shared(log) => log.rung(),
             Self::Nowhere => DirtyRung::Everything,
         }
     }
@@ -103,25 +106,29 @@ impl DmaLog for Inner {
     }
 }
 
-/// The one that all devices of a container share.
-pub(crate) struct OfContainer {
+/// The one that all devices of a page table or container share.
+pub(crate) struct OfMany {
     id: String,
-    /// A device of the container, which has the same RAM as all others.
+    /// One of them, which has the same RAM as all others.
     device: Arc<Inner>,
     log: Arc<dyn SharedLog>,
 }
 
-impl OfContainer {
+impl OfMany {
     pub(crate) fn new(device: Arc<Inner>, log: Arc<dyn SharedLog>) -> Self {
+        let keeper = match log.rung() {
+            DirtyRung::Iommu => "iommu",
+            DirtyRung::DeviceLog | DirtyRung::Container | DirtyRung::Everything => "container",
+        };
         Self {
-            id: format!("container-of-{}", device.id),
+            id: format!("{keeper}-of-{}", device.id),
             device,
             log,
         }
     }
 }
 
-impl DmaLog for OfContainer {
+impl DmaLog for OfMany {
     fn id(&self) -> &str {
         &self.id
     }
@@ -131,7 +138,8 @@ impl DmaLog for OfContainer {
     }
 
     fn precision(&self) -> Precision {
-        // Whether it tells pages apart or names everything, the kernel does not say.
+        // An IOMMU tells apart what it maps, which may be large pages; whether a container tells
+        // pages apart or names everything, the kernel does not say.
         Precision::Coarse
     }
 
@@ -142,7 +150,7 @@ impl DmaLog for OfContainer {
 
     fn start(&self, _ranges: &[IovaRange]) -> Result<PageSize, BackendError> {
         self.log.start()?;
-        Ok(self.log.page_size())
+        self.log.page_size()
     }
 
     fn stop(&self) -> Result<(), BackendError> {

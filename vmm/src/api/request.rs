@@ -1,13 +1,14 @@
 //! What can be asked of the VMM, and what it answers. The JSON keys are Cloud Hypervisor's.
 
 use std::collections::{BTreeMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use vm_migration::migrate::{Address, MigrationParams, MigrationStatus, TimeoutStrategy};
 
 use crate::config::{
-    ConfigError, ConsoleConfig, DirtyLogConfig, NetConfig, VmConfig, check_id, check_ifname,
+    ConfigError, ConsoleConfig, DeviceConfig, DirtyLogConfig, NetConfig, PlatformConfig, VmConfig,
+    check_id, check_ifname, check_place,
 };
 
 /// One request to the VMM's control loop. The comments name the endpoint and the answer.
@@ -228,6 +229,9 @@ pub struct ReceiveMigrationConfig {
     /// Servers of passthrough devices.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub user_devices: Vec<ReceiveUserDeviceConfig>,
+    /// How devices of this host are opened, instead of as at the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<PlatformConfig>,
     /// The serial port, instead of the source's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<ConsoleConfig>,
@@ -291,7 +295,23 @@ pub struct ReceiveDeviceConfig {
     /// The device.
     pub id: String,
     /// Its folder in sysfs here.
-    pub path: PathBuf,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Its open file, which the receiving ferry inherits, instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fd: Option<i32>,
+}
+
+impl ReceiveDeviceConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let path = self.path.as_deref().unwrap_or(Path::new(""));
+        check_place(&self.id, path, self.fd)
+    }
+
+    fn apply_to(&self, device: &mut DeviceConfig) {
+        device.path = self.path.clone().unwrap_or_default();
+        device.fd = self.fd;
+    }
 }
 
 /// The server a passthrough device has on the receiving host.
@@ -331,6 +351,12 @@ impl ReceiveMigrationConfig {
         for net in &self.net {
             net.validate()?;
         }
+        for device in &self.devices {
+            device.validate()?;
+        }
+        if let Some(platform) = &self.platform {
+            platform.validate()?;
+        }
         let nets = self.net.iter().map(|net| &net.id);
         let devices = self.devices.iter().map(|device| &device.id);
         let users = self.user_devices.iter().map(|device| &device.id);
@@ -347,7 +373,8 @@ impl ReceiveMigrationConfig {
     ///
     /// # Errors
     /// [`ConfigError::UnknownDevice`] if a named device is not in `config`,
-    /// [`ConfigError::OtherBackend`] if it is of another kind there.
+    /// [`ConfigError::OtherBackend`] if it is of another kind there, [`ConfigError::ForeignFd`] if a
+    /// device of the host that is not named has a descriptor at the source.
     pub fn apply_to(&self, config: &mut VmConfig) -> Result<(), ConfigError> {
         for here in &self.net {
             let net = config.net.iter_mut().find(|net| net.id == here.id);
@@ -356,10 +383,23 @@ impl ReceiveMigrationConfig {
         for here in &self.devices {
             let mut devices = config.devices.iter_mut();
             let device = devices.find(|device| device.id == here.id);
-            device
-                .ok_or_else(|| unknown(&here.id))?
-                .path
-                .clone_from(&here.path);
+            here.apply_to(device.ok_or_else(|| unknown(&here.id))?);
+        }
+        let named = |id: &str| self.devices.iter().any(|here| here.id == id);
+        let mut devices = config.devices.iter();
+        if let Some(device) = devices.find(|device| device.fd.is_some() && !named(&device.id)) {
+            return Err(ConfigError::ForeignFd {
+                what: format!("device {}", device.id),
+                key: "devices",
+            });
+        }
+        if let Some(platform) = self.platform {
+            config.platform = platform;
+        } else if config.platform.iommufd_fd.is_some() {
+            return Err(ConfigError::ForeignFd {
+                what: "the iommufd".to_owned(),
+                key: "platform",
+            });
         }
         for here in &self.user_devices {
             let mut devices = config.user_devices.iter_mut();

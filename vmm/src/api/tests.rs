@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use super::routes::ROUTES;
 use super::*;
-use crate::config::VmConfig;
+use crate::config::{PlatformConfig, VmConfig};
 
 /// A served socket whose requests the test takes out of `inbox`.
 struct Fixture {
@@ -499,6 +499,7 @@ fn a_destination_replaces_only_what_it_names() {
     assert_eq!(here.net[2].vhost_socket, Some(PathBuf::from("/d")));
     assert_eq!(here.user_devices[0].socket, PathBuf::from("/b"));
     assert_eq!(here.devices[0].path, PathBuf::from("/sys/b"));
+    assert_eq!(here.platform, source.platform);
     assert_eq!(here.console, source.console);
     let mut receive = receive;
     for (id, told) in [
@@ -517,4 +518,40 @@ fn a_destination_replaces_only_what_it_names() {
     receive.net[0].id = "_net2".to_owned();
     let error = receive.apply_to(&mut here).unwrap_err();
     assert!(error.to_string().contains("give its `vhost_socket`"));
+}
+
+#[test]
+fn descriptors_of_the_source_mean_nothing_at_the_destination() {
+    let text = r#"{"payload": {"kernel": "k"}, "devices": [{"fd": 5}, {"path": "/sys/a"}],
+        "platform": {"iommufd": "on", "iommufd_fd": 6}}"#;
+    let source: VmConfig = serde_json::from_str(text).unwrap();
+    let source = source.validate().unwrap();
+    let receive = |rest: &str| -> ReceiveMigrationConfig {
+        serde_json::from_str(&format!("{{\"receiver_url\": \"unix:/x\"{rest}}}")).unwrap()
+    };
+    for (rest, told) in [
+        ("", "device _vfio0 has a descriptor at the source"),
+        (
+            r#", "devices": [{"id": "_vfio0", "path": "/sys/b"}]"#,
+            "the iommufd has a descriptor",
+        ),
+    ] {
+        let error = receive(rest).apply_to(&mut source.clone()).unwrap_err();
+        assert!(error.to_string().contains(told), "{error}");
+    }
+    let all = receive(
+        r#", "devices": [{"id": "_vfio0", "path": "/sys/b"}, {"id": "_vfio1", "fd": 7}],
+        "platform": {"iommufd": "auto"}"#,
+    );
+    let mut here = source.clone();
+    all.validate().unwrap().apply_to(&mut here).unwrap();
+    let here = here.validate().unwrap();
+    assert_eq!(here.devices[0].path, PathBuf::from("/sys/b"));
+    assert_eq!((here.devices[0].fd, here.devices[1].fd), (None, Some(7)));
+    assert_eq!(here.devices[1].path, PathBuf::new());
+    assert_eq!(here.platform, PlatformConfig::default());
+    for place in ["", r#", "path": "/sys/b", "fd": 7"#, r#", "fd": 1"#] {
+        let rest = format!(r#", "devices": [{{"id": "_vfio0"{place}}}]"#);
+        assert!(receive(&rest).validate().is_err(), "{place}");
+    }
 }

@@ -59,6 +59,7 @@ fn run(cli: &Cli) -> Result<()> {
     let (events, writer) = event_monitor(cli, &spawner)?;
     events.tell(Event::VmmStarting);
     let host = Host {
+        iommufd: Arc::default(),
         hypervisor: Arc::new(hypervisor),
         spawner: spawner.clone(),
         events: events.clone(),

@@ -1,7 +1,7 @@
 //! Devices of the host, passed through by the kernel's VFIO.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -17,10 +17,19 @@ pub struct DeviceConfig {
     #[serde(default)]
     pub id: String,
     /// Its folder in sysfs (`/sys/bus/pci/devices/0000:01:00.0`).
+    #[serde(default, skip_serializing_if = "is_empty")]
     pub path: PathBuf,
+    /// Its open file (`/dev/vfio/devices/…`), which ferry inherits, instead of `path`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fd: Option<i32>,
     /// What a migration does if nobody can tell which pages the device wrote.
     #[serde(default, skip_serializing_if = "DirtyConfig::is_default")]
     pub dirty: DirtyConfig,
+}
+
+/// Whether a path was left out.
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
 }
 
 /// What a migration does about a device whose writes nobody logs.
@@ -61,10 +70,11 @@ impl FromStr for DeviceConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let keys = OptionString::parse("--device", &["id", "path", "dirty"], text)?;
+        let keys = OptionString::parse("--device", &["id", "path", "fd", "dirty"], text)?;
         Ok(Self {
             id: keys.text("id")?.unwrap_or_default().to_owned(),
-            path: PathBuf::from(keys.required("path")?),
+            path: keys.path("path")?.unwrap_or_default(),
+            fd: keys.number("fd")?,
             dirty: keys
                 .parsed("dirty", "auto or all", DirtyConfig::from_name)?
                 .unwrap_or_default(),
@@ -74,8 +84,13 @@ impl FromStr for DeviceConfig {
 
 impl fmt::Display for DeviceConfig {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let path = self.path.to_string_lossy();
-        write!(out, "path={},dirty={}", quote(&path), self.dirty)?;
+        if !is_empty(&self.path) {
+            write!(out, "path={},", quote(&self.path.to_string_lossy()))?;
+        }
+        if let Some(fd) = self.fd {
+            write!(out, "fd={fd},")?;
+        }
+        write!(out, "dirty={}", self.dirty)?;
         if self.id.is_empty() {
             return Ok(());
         }
@@ -85,11 +100,20 @@ impl fmt::Display for DeviceConfig {
 
 impl DeviceConfig {
     pub(super) fn validate(&self) -> Result<(), ConfigError> {
-        if self.path.as_os_str().is_empty() {
-            return Err(ConfigError::EmptyPath {
-                option: "--device (devices.path)",
-            });
-        }
-        Ok(())
+        check_place(&self.id, &self.path, self.fd)
+    }
+}
+
+/// Checks that there is one way to a device of the host.
+pub(crate) fn check_place(id: &str, path: &Path, fd: Option<i32>) -> Result<(), ConfigError> {
+    match fd {
+        Some(fd @ ..=2) => Err(ConfigError::FdNumber {
+            option: "--device",
+            id: id.to_owned(),
+            fd,
+        }),
+        Some(_) if is_empty(path) => Ok(()),
+        None if !is_empty(path) => Ok(()),
+        Some(_) | None => Err(ConfigError::DevicePlace { id: id.to_owned() }),
     }
 }

@@ -248,6 +248,44 @@ pub enum ConfigError {
         /// How many pairs there are.
         pairs: usize,
     },
+    /// A device of the host in two ways, or in none.
+    #[error("--device {id}: give either its path= or the fd= of its open file")]
+    DevicePlace {
+        /// The device.
+        id: String,
+    },
+    /// A descriptor number that is one of the standard streams.
+    #[error("{option} {id}: fd {fd} cannot be it; pass a descriptor above 2 that ferry inherits")]
+    FdNumber {
+        /// The option.
+        option: &'static str,
+        /// The device.
+        id: String,
+        /// The number given.
+        fd: i32,
+    },
+    /// One descriptor for two devices.
+    #[error("--device {id}: fd {fd} is another device's already")]
+    FdTwice {
+        /// The second device.
+        id: String,
+        /// The number given.
+        fd: i32,
+    },
+    /// An iommufd that is not to be used.
+    #[error("--platform: iommufd_fd is of no use with iommufd=off; leave one of them out")]
+    IommufdOff,
+    /// At the source it was a descriptor, whose number means something else here.
+    #[error(
+        "{what} has a descriptor at the source, of which the number means nothing here: say what \
+         it is here ({key})"
+    )]
+    ForeignFd {
+        /// The device or option.
+        what: String,
+        /// Where it is said.
+        key: &'static str,
+    },
     /// A descriptor number that cannot be an inherited tap.
     #[error("--net {id}: fd={fd} cannot be a tap; pass a descriptor above 2 that ferry inherits")]
     NetFdNumber {

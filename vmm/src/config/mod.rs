@@ -13,6 +13,7 @@ mod hash;
 mod machine;
 mod net;
 mod option;
+mod platform;
 
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 pub use console::ConsoleConfig;
+pub(crate) use device::check_place;
 pub use device::{DeviceConfig, DirtyConfig};
 pub use error::ConfigError;
 pub use hash::{HashTypeSet, NoHashTypes, Offer};
@@ -33,6 +35,7 @@ pub use machine::{
 pub(crate) use net::check_ifname;
 pub use net::{MAX_NET_QUEUES, MAX_QUEUE_SIZE, MacAddress, NetConfig, UserDeviceConfig};
 pub use option::{format_size, parse_size};
+pub use platform::{IommufdConfig, PlatformConfig};
 
 /// The longest device id, in bytes.
 pub const MAX_ID_BYTES: usize = 63;
@@ -51,6 +54,9 @@ pub struct VmConfig {
     pub memory: MemoryConfig,
     /// What is booted.
     pub payload: PayloadConfig,
+    /// How it is tied to its host.
+    #[serde(default, skip_serializing_if = "PlatformConfig::is_default")]
+    pub platform: PlatformConfig,
     /// virtio-net devices.
     #[serde(default)]
     pub net: Vec<NetConfig>,
@@ -92,6 +98,7 @@ impl VmConfig {
         self.cpus.validate()?;
         self.memory.validate()?;
         self.payload.validate()?;
+        self.platform.validate()?;
         self.rng.validate()?;
         self.validate_consoles()?;
         for net in &mut self.net {
@@ -108,6 +115,7 @@ impl VmConfig {
             device.validate()?;
             self.memory.require_shared("--user-device", &device.id)?;
         }
+        self.check_fds()?;
         self.check_shared_paths()?;
         Ok(self)
     }
@@ -153,6 +161,21 @@ impl VmConfig {
         }
     }
 
+    /// Refuses one descriptor for two devices of the host.
+    fn check_fds(&self) -> Result<(), ConfigError> {
+        let mut seen = HashSet::new();
+        for device in &self.devices {
+            match device.fd {
+                Some(fd) if !seen.insert(fd) => {
+                    let id = device.id.clone();
+                    return Err(ConfigError::FdTwice { id, fd });
+                }
+                Some(_) | None => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Refuses one path for two uses, where the second would silently take it from the first.
     fn check_shared_paths(&self) -> Result<(), ConfigError> {
         let consoles = [self.serial.path(), self.console.path()];
@@ -165,7 +188,9 @@ impl VmConfig {
             .iter()
             .filter_map(|net| net.vhost_socket.as_deref());
         let mut seen: HashSet<&Path> = HashSet::new();
-        let devices = self.devices.iter().map(|device| device.path.as_path());
+        let devices = self.devices.iter();
+        let devices = devices.filter(|device| device.fd.is_none());
+        let devices = devices.map(|device| device.path.as_path());
         for path in consoles
             .into_iter()
             .flatten()

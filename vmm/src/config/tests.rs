@@ -402,10 +402,10 @@ prop_compose! {
 prop_compose! {
     fn device()(
         id in "[a-z_]{0,8}",
-        path in path(),
+        (path, fd) in (path(), option::of(any::<i32>())),
         dirty in select(vec![DirtyConfig::Auto, DirtyConfig::All]),
     ) -> DeviceConfig {
-        DeviceConfig { id, path, dirty }
+        DeviceConfig { id, path, fd, dirty }
     }
 }
 
@@ -430,6 +430,10 @@ prop_compose! {
     fn config()(
         (boot_vcpus, max_vcpus) in any::<(u32, u32)>(),
         memory in memory(),
+        (iommufd, iommufd_fd) in (
+            select(vec![IommufdConfig::Auto, IommufdConfig::On, IommufdConfig::Off]),
+            option::of(any::<i32>()),
+        ),
         kernel in option::of(path()),
         initramfs in option::of(path()),
         cmdline in option::of(".{0,40}"),
@@ -444,6 +448,7 @@ prop_compose! {
             cpus: CpusConfig { boot_vcpus, max_vcpus },
             memory,
             payload: PayloadConfig { kernel, initramfs, cmdline },
+            platform: PlatformConfig { iommufd, iommufd_fd },
             net,
             rng: RngConfig { src },
             serial,
@@ -468,6 +473,7 @@ fn through_options(config: &VmConfig) -> Result<VmConfig, ConfigError> {
         cpus: config.cpus.to_string().parse()?,
         memory: config.memory.to_string().parse()?,
         payload: config.payload.clone(),
+        platform: config.platform.to_string().parse()?,
         net: nets.collect::<Result<_, _>>()?,
         rng: config.rng.to_string().parse()?,
         serial: ConsoleConfig::parse("--serial", &config.serial.to_string())?,
@@ -515,6 +521,7 @@ fn parse_all(text: &str) {
     let _ = text.parse::<MemoryConfig>();
     let _ = text.parse::<NetConfig>();
     let _ = text.parse::<DeviceConfig>();
+    let _ = text.parse::<PlatformConfig>();
     let _ = text.parse::<UserDeviceConfig>();
     let _ = text.parse::<RngConfig>();
     let _ = text.parse::<ConsoleConfig>();

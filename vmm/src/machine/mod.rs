@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use ::devices::bus::Bus;
 use ::devices::thread::ThreadSpawner;
+use ::passthrough::kernel::Iommufd;
 use event_monitor::EventMonitor;
 use hypervisor::{Cpuid, DirtyLogMethod, Hypervisor, MemorySlot, SlotFlags, Vm, VmOptions};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -44,6 +45,8 @@ pub struct Host {
     pub events: EventMonitor,
     /// Where guests' requests and failures go.
     pub exits: ExitSender,
+    /// The iommufd of devices of the host, once there is one.
+    pub iommufd: Arc<Iommufd>,
 }
 
 /// A built VM whose vCPUs stand still until [`resume`](Self::resume).

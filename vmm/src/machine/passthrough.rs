@@ -2,28 +2,32 @@
 //! vfio-user.
 
 use std::collections::BTreeMap;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use passthrough::kernel::Groups;
+use hypervisor::Vm;
+use passthrough::kernel::{FileRegistry, Interface};
 use passthrough::{
-    Backend, BackendError, DeviceNews, DirtyRung, HostKernel, KernelVfioBackend, Passthrough,
-    VfioUserBackend,
+    Backend, BackendError, DeviceNews, DirtyRung, HostKernel, HostVfio, KernelVfioBackend,
+    Passthrough, VfioUserBackend,
 };
-
 use vm_migration::{ErrorChain, StateError};
 
 use super::devices::Board;
 use super::{Host, MachineError};
-use crate::config::{DeviceConfig, DirtyConfig, UserDeviceConfig, VmConfig};
+use crate::config::{DeviceConfig, DirtyConfig, IommufdConfig, UserDeviceConfig, VmConfig};
+use crate::inherited;
 use crate::interrupts::Fabric;
 use crate::notice::ExitReason;
 
 /// Where a passthrough device is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// On this host: its folder in sysfs.
-    Host(PathBuf),
+    /// On this host: its folder in sysfs, and the kernel's interface it was opened by.
+    Host(PathBuf, Interface),
+    /// On this host: a descriptor of it that ferry inherited.
+    Inherited(i32),
     /// In another process: its server's socket.
     Server(PathBuf),
 }
@@ -52,13 +56,17 @@ impl PassthroughFunction {
 
     /// What is worth knowing of it besides its configuration.
     pub(super) fn facts(&self) -> BTreeMap<String, String> {
-        let (backend, key, path) = match &self.origin {
-            Origin::Host(path) => ("vfio", "path", path),
-            Origin::Server(path) => ("vfio-user", "socket", path),
+        let (backend, key, place) = match &self.origin {
+            Origin::Host(path, Interface::Group) => ("vfio", "path", path.display().to_string()),
+            Origin::Host(path, Interface::Iommufd | Interface::Auto) => {
+                ("vfio with iommufd", "path", path.display().to_string())
+            }
+            Origin::Inherited(fd) => ("vfio with iommufd", "fd", fd.to_string()),
+            Origin::Server(path) => ("vfio-user", "socket", path.display().to_string()),
         };
         BTreeMap::from([
             ("backend".to_owned(), backend.to_owned()),
-            (key.to_owned(), path.display().to_string()),
+            (key.to_owned(), place),
             ("dirty_source".to_owned(), self.dirty_source()),
             ("migration".to_owned(), self.migration()),
         ])
@@ -88,23 +96,73 @@ pub(super) fn functions(
     host: &Host,
     board: &Board<'_>,
 ) -> Result<Vec<PassthroughFunction>, MachineError> {
-    let groups = Groups::new(Arc::new(HostKernel));
+    let vfio = host_vfio(config, host, board)?;
     let devices = config.devices.iter();
-    let of_host = devices.map(|config| host_device(config, &groups, host, board));
+    let of_host = devices.map(|config| host_device(config, &vfio, host, board));
     let users = config.user_devices.iter();
     let of_servers = users.map(|config| user_device(config, host, board));
     of_host.chain(of_servers).collect()
 }
 
+/// VFIO of this host for the VM that `config` describes.
+fn host_vfio(config: &VmConfig, host: &Host, board: &Board<'_>) -> Result<HostVfio, MachineError> {
+    let interface = match config.platform.iommufd {
+        IommufdConfig::Auto => Interface::Auto,
+        IommufdConfig::On => Interface::Iommufd,
+        IommufdConfig::Off => Interface::Group,
+    };
+    if let Some(number) = config.platform.iommufd_fd {
+        let file = inherited::duplicate(number).map_err(|cause| MachineError::Resources {
+            what: "the inherited iommufd",
+            cause,
+        })?;
+        host.iommufd.provide(file);
+    }
+    let registry = Arc::new(VmFiles(Arc::clone(board.vm)));
+    let iommufd = Arc::clone(&host.iommufd);
+    let kernel = Arc::new(HostKernel);
+    Ok(HostVfio::new(kernel, interface, iommufd, registry))
+}
+
+/// Tells the hypervisor which files of VFIO a VM uses.
+struct VmFiles(Arc<dyn Vm>);
+
+impl FileRegistry for VmFiles {
+    fn add(&self, file: BorrowedFd<'_>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        match self.0.add_vfio_file(file) {
+            // Devices work without; those that do not say so themselves.
+            Err(error @ hypervisor::Error::Unsupported { .. }) => {
+                tracing::warn!(%error, "a device of the host");
+                Ok(())
+            }
+            told => Ok(told?),
+        }
+    }
+
+    fn remove(&self, file: BorrowedFd<'_>) {
+        if let Err(error) = self.0.remove_vfio_file(file) {
+            tracing::warn!(error = %ErrorChain(&error), "a file of VFIO stays open");
+        }
+    }
+}
+
+fn open(config: &DeviceConfig, vfio: &HostVfio) -> Result<KernelVfioBackend, MachineError> {
+    let id = &config.id;
+    let Some(fd) = config.fd else {
+        return vfio.open(&config.path).map_err(MachineError::device(id));
+    };
+    let file = inherited::duplicate(fd).map_err(MachineError::device(id))?;
+    vfio.adopt(fd, file).map_err(MachineError::device(id))
+}
+
 fn host_device(
     config: &DeviceConfig,
-    groups: &Groups,
+    vfio: &HostVfio,
     host: &Host,
     board: &Board<'_>,
 ) -> Result<PassthroughFunction, MachineError> {
     let id = &config.id;
-    let mut backend =
-        KernelVfioBackend::open(&config.path, groups).map_err(MachineError::device(id))?;
+    let mut backend = open(config, vfio)?;
     let (exits, of) = (host.exits.clone(), id.clone());
     let on_news = Box::new(move |news| {
         let id = of.clone();
@@ -119,10 +177,14 @@ fn host_device(
     backend
         .watch(id, &host.spawner, on_news)
         .map_err(MachineError::device(id))?;
+    let origin = match config.fd {
+        Some(fd) => Origin::Inherited(fd),
+        None => Origin::Host(config.path.clone(), backend.interface()),
+    };
     let device = device(&config.id, Arc::new(backend), board)?;
     Ok(PassthroughFunction {
         id: config.id.clone(),
-        origin: Origin::Host(config.path.clone()),
+        origin,
         device,
         all_dirty: config.dirty == DirtyConfig::All,
     })

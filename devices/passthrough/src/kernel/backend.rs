@@ -1,16 +1,16 @@
 //! The backend over the kernel's VFIO.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::sync::Arc;
 
 use devices::ThreadSpawner;
 use parking_lot::Mutex;
+use pci::config::offset;
 use rustix::io::Errno;
 use vfio_user::region::{RegionLayout, decode_layout};
 use vfio_user::wire::{
     AreaMsg, IRQ_ACTION_TRIGGER, IRQ_DATA_EVENTFD, IRQ_DATA_NONE, IrqInfoMsg, MAX_LOG_RANGES,
-    RegionInfoMsg, SetIrqsMsg,
+    PCI_CONFIG_REGION, RegionInfoMsg, SetIrqsMsg,
 };
 use vfio_user::{
     DeviceFlags, DeviceInfo, DeviceState, Feature, IoEventFd, MigrationFlags, PrecopyInfo,
@@ -20,23 +20,19 @@ use vm_migration::memory::GuestRegion;
 use vm_migration::{IovaBitmap, IovaRange, PageSize, RamRegion};
 use zerocopy::IntoBytes;
 
-use super::container::{Group, Groups, Named};
 use super::describe::{ask, decode_device, device_question};
 use super::error::{KernelError, failed};
 use super::feature::Features;
+use super::host::{Hold, Interface};
 use super::memory::PinnedRam;
 use super::session::Session;
-use super::sys::{Kernel, LogSpan};
+use super::sys::{Kernel, LogSpan, report_in_pieces};
 use super::uapi::{ERROR_IRQ, Message, Number, REGIONS, REQUEST_IRQ};
 use super::watch::{NewsHandler, Signals, Watch};
 use crate::backend::{Backend, BackendError, IrqKind, SharedLog};
 use crate::fd::borrow;
 
-/// Most bytes of IOVA in one report: what the kernel's `iova_bitmap` looks at without pinning the
-/// bitmap anew (512 pages of bitmap at 4 KiB pages), so that no report fails half-way.
-const REPORT_BYTES: u64 = 64 << 30;
-
-/// A device of this host behind VFIO, in an IOMMU group of a type 1 container.
+/// A device of this host behind VFIO, opened by [`HostVfio`](super::HostVfio).
 ///
 /// Fields are dropped in this order: the kernel wants the device closed before its group.
 pub struct KernelVfioBackend {
@@ -47,31 +43,15 @@ pub struct KernelVfioBackend {
     device: Arc<OwnedFd>,
     info: DeviceInfo,
     regions: Vec<RegionLayout>,
-    group: Arc<Group>,
+    hold: Hold,
 }
 
 impl KernelVfioBackend {
-    /// Opens the device whose folder in sysfs is `path` (`/sys/bus/pci/devices/…`), whose driver is
-    /// vfio-pci or a variant of it.
-    ///
-    /// # Errors
-    /// [`KernelError`], which says what to do on the host.
-    pub fn open(path: &Path, groups: &Groups) -> Result<Self, KernelError> {
-        let named = Named::at(path)?;
-        let group = groups.get(named.group)?;
-        let kernel = Arc::clone(groups.kernel());
-        let device = kernel
-            .group_device(group.fd().as_fd(), &named.name)
-            .map_err(KernelError::refused(
-                "give the device: is it bound to vfio-pci?",
-            ))?;
-        Self::new(kernel, device, group)
-    }
-
-    fn new(
+    /// The device that was opened as `device` and is held by `hold`.
+    pub(super) fn new(
         kernel: Arc<dyn Kernel>,
-        device: OwnedFd,
-        group: Arc<Group>,
+        device: Arc<OwnedFd>,
+        hold: Hold,
     ) -> Result<Self, KernelError> {
         let what = "describe the device";
         let question = device_question();
@@ -96,11 +76,16 @@ impl KernelVfioBackend {
             news: None,
             session: Mutex::new(Session::new()),
             kernel,
-            device: Arc::new(device),
+            device,
             info,
             regions,
-            group,
+            hold,
         })
+    }
+
+    /// The interface of the kernel that it was opened by; never [`Interface::Auto`].
+    pub const fn interface(&self) -> Interface {
+        self.hold.interface()
     }
 
     /// Has `handler` told of the device's errors and of the host's wish to have it back, as far as
@@ -202,21 +187,6 @@ impl KernelVfioBackend {
         }
     }
 
-    fn report(&self, bitmap: &mut IovaBitmap) -> Result<(), KernelError> {
-        let page_size = bitmap.page_size().bytes();
-        for window in bitmap.windows_mut(REPORT_BYTES) {
-            let span = LogSpan {
-                iova: window.range.first().0,
-                length: window.range.len().ok_or(KernelError::WholeSpace)?,
-                page_size,
-            };
-            self.kernel
-                .log_report(self.fd(), span, window.words)
-                .map_err(KernelError::refused("report what the device wrote"))?;
-        }
-        Ok(())
-    }
-
     /// Whether the log works: the kernel says so of devices whose reports it cannot carry out, for
     /// want of `CONFIG_IOMMUFD_DRIVER`. So one is tried, of the first page of what is mapped.
     fn try_log(&self) -> Result<bool, KernelError> {
@@ -245,6 +215,17 @@ impl KernelVfioBackend {
                 tracing::warn!(%error, "the device says it has a dirty log, which does not work");
                 Ok(false)
             }
+        }
+    }
+}
+
+impl Drop for KernelVfioBackend {
+    /// The device starts no DMA any more, for its page tables go before it is closed, which what is
+    /// mapped of it can put off.
+    fn drop(&mut self) {
+        let at = u64::from(offset::COMMAND);
+        if let Err(error) = self.region_write(PCI_CONFIG_REGION, at, &[0; 2]) {
+            tracing::debug!(%error, "a device that is let go of is not stopped");
         }
     }
 }
@@ -339,15 +320,15 @@ impl Backend for KernelVfioBackend {
     }
 
     fn map(&self, region: &GuestRegion) -> Result<(), BackendError> {
-        self.group
-            .container()
+        self.hold
+            .space()
             .map(PinnedRam::new(region))
             .map_err(failed("map guest memory"))
     }
 
     fn unmap(&self, ram: RamRegion) -> Result<(), BackendError> {
-        self.group
-            .container()
+        self.hold
+            .space()
             .unmap(ram)
             .map_err(failed("unmap guest memory"))
     }
@@ -455,12 +436,14 @@ impl Backend for KernelVfioBackend {
     }
 
     fn report_log(&self, bitmap: &mut IovaBitmap) -> Result<(), BackendError> {
-        self.report(bitmap).map_err(failed("report its dirty log"))
+        report_in_pieces(bitmap, |span, words| {
+            self.kernel.log_report(self.fd(), span, words)
+        })
+        .map_err(failed("report its dirty log"))
     }
 
     fn shared_log(&self) -> Option<Arc<dyn SharedLog>> {
-        let container = self.group.container();
-        container.has_log().then(|| Arc::clone(container) as _)
+        self.hold.log()
     }
 }
 

@@ -13,29 +13,25 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::describe::{IommuInfo, ask, decode_iommu, iommu_question};
 use super::error::{KernelError, failed};
 use super::memory::PinnedRam;
+use super::registry::{FileRegistry, Registered};
+use super::space::{AddressSpace, Ledger};
 use super::sys::{Kernel, LogSpan};
 use super::uapi::{
     API_VERSION, DIRTY_PAGES_START, DIRTY_PAGES_STOP, DirtySwitchMsg, GROUP_VIABLE, GroupStatusMsg,
     Message, Number, TYPE1V2_IOMMU, UnmapMsg,
 };
 use crate::backend::{BackendError, SharedLog};
+use crate::rung::DirtyRung;
 
 /// What is in `/dev/vfio`.
 const FOLDER: &str = "/dev/vfio";
-
-/// RAM that the devices of a container reach.
-struct Mapped {
-    memory: PinnedRam,
-    /// How many devices asked for it.
-    users: usize,
-}
 
 /// The map of guest memory that devices share.
 pub(crate) struct Container {
     kernel: Arc<dyn Kernel>,
     fd: OwnedFd,
     info: IommuInfo,
-    mapped: Mutex<Vec<Mapped>>,
+    mapped: Ledger,
 }
 
 impl Container {
@@ -77,67 +73,35 @@ impl Container {
             kernel: Arc::clone(kernel),
             fd,
             info,
-            mapped: Mutex::default(),
+            mapped: Ledger::default(),
         })
     }
+}
 
-    /// Lets the devices reach `memory`, unless they do already.
-    pub(crate) fn map(&self, memory: PinnedRam) -> Result<(), KernelError> {
-        let ram = memory.ram();
-        let mut mapped = self.mapped.lock();
-        if let Some(there) = mapped.iter_mut().find(|there| there.memory.ram() == ram) {
-            there.users = there.users.saturating_add(1);
-            return Ok(());
-        }
-        let last = ram
-            .len
-            .checked_sub(1)
-            .and_then(|n| ram.gpa.0.checked_add(n));
-        if !last.is_some_and(|last| self.info.reaches(ram.gpa.0, last)) {
-            return Err(KernelError::OutOfReach {
-                gpa: ram.gpa,
-                len: ram.len,
-            });
-        }
-        match self.kernel.map(self.fd.as_fd(), &memory) {
-            Ok(()) => mapped.push(Mapped { memory, users: 1 }),
-            Err(cause @ (Errno::NOMEM | Errno::PERM)) => {
-                return Err(KernelError::Locked {
-                    len: ram.len,
-                    cause,
-                });
-            }
-            Err(cause) => return Err(KernelError::refused("map guest memory")(cause)),
-        }
-        Ok(())
+impl AddressSpace for Container {
+    fn ledger(&self) -> &Ledger {
+        &self.mapped
     }
 
-    /// Takes RAM away when the last device lets go of it.
-    pub(crate) fn unmap(&self, ram: RamRegion) -> Result<(), KernelError> {
-        let mut mapped = self.mapped.lock();
-        let missing = KernelError::NotMapped { gpa: ram.gpa };
-        let Some(at) = mapped.iter().position(|there| there.memory.ram() == ram) else {
-            return Err(missing);
-        };
-        if let Some(there) = mapped.get_mut(at).filter(|there| there.users > 1) {
-            there.users -= 1;
-            return Ok(());
-        }
+    fn reaches(&self, first: u64, last: u64) -> Result<bool, KernelError> {
+        Ok(self.info.reaches(first, last))
+    }
+
+    fn map_now(&self, memory: &PinnedRam) -> Result<(), Errno> {
+        self.kernel.map(self.fd.as_fd(), memory)
+    }
+
+    fn unmap_now(&self, ram: RamRegion) -> Result<u64, Errno> {
         let mut message = UnmapMsg {
             argsz: 0,
             flags: 0,
             iova: ram.gpa.0,
             size: ram.len,
         };
+        let request = Message::UnmapDma;
         self.kernel
-            .message(self.fd.as_fd(), Message::UnmapDma, message.as_mut_bytes())
-            .map_err(KernelError::refused("unmap guest memory"))?;
-        // The kernel says how much was mapped there: with less, some of it is elsewhere.
-        if message.size != ram.len {
-            return Err(missing);
-        }
-        mapped.swap_remove(at);
-        Ok(())
+            .message(self.fd.as_fd(), request, message.as_mut_bytes())?;
+        Ok(message.size)
     }
 }
 
@@ -151,6 +115,12 @@ impl Container {
         switched.map(drop)
     }
 
+    /// The page size of its bitmaps: the kernel takes the smallest it has, and no other.
+    fn log_page(&self) -> PageSize {
+        let sizes = self.info.dirty.map_or(0, |dirty| dirty.page_sizes);
+        PageSize::new(sizes & sizes.wrapping_neg()).unwrap_or(PageSize::SIZE_4K)
+    }
+
     /// Whether it has bitmaps.
     pub(crate) fn has_log(&self) -> bool {
         self.info.dirty.is_some()
@@ -159,17 +129,19 @@ impl Container {
 
 /// Bitmaps of dirty pages, kept by the kernel for all devices of the container.
 impl SharedLog for Container {
-    fn page_size(&self) -> PageSize {
-        // The kernel takes the smallest it has, and no other.
-        let sizes = self.info.dirty.map_or(0, |dirty| dirty.page_sizes);
-        PageSize::new(sizes & sizes.wrapping_neg()).unwrap_or(PageSize::SIZE_4K)
+    fn rung(&self) -> DirtyRung {
+        DirtyRung::Container
+    }
+
+    fn page_size(&self) -> Result<PageSize, BackendError> {
+        Ok(self.log_page())
     }
 
     fn max_region(&self) -> u64 {
         let bytes = self.info.dirty.map_or(0, |dirty| dirty.max_bytes);
         bytes
             .saturating_mul(8)
-            .saturating_mul(self.page_size().bytes())
+            .saturating_mul(self.log_page().bytes())
     }
 
     fn start(&self) -> Result<(), BackendError> {
@@ -208,10 +180,10 @@ impl SharedLog for Container {
     }
 }
 
-/// An IOMMU group in a container.
+/// An IOMMU group in a container. The hypervisor knows of it until it is closed.
 pub(crate) struct Group {
     number: u32,
-    fd: OwnedFd,
+    file: Registered,
     container: Arc<Container>,
 }
 
@@ -223,14 +195,15 @@ impl Group {
 
     /// Its descriptor.
     pub(crate) fn fd(&self) -> &OwnedFd {
-        &self.fd
+        self.file.file()
     }
 }
 
 /// The groups that a VM's devices are in. Cheap to clone.
 #[derive(Clone)]
-pub struct Groups {
+pub(crate) struct Groups {
     kernel: Arc<dyn Kernel>,
+    registry: Arc<dyn FileRegistry>,
     open: Arc<Mutex<Vec<Weak<Group>>>>,
 }
 
@@ -265,9 +238,10 @@ impl Named {
 
 impl Groups {
     /// No groups yet.
-    pub fn new(kernel: Arc<dyn Kernel>) -> Self {
+    pub(crate) fn new(kernel: Arc<dyn Kernel>, registry: Arc<dyn FileRegistry>) -> Self {
         Self {
             kernel,
+            registry,
             open: Arc::default(),
         }
     }
@@ -293,7 +267,7 @@ impl Groups {
         };
         let group = Arc::new(Group {
             number,
-            fd,
+            file: Registered::new(&self.registry, &Arc::new(fd))?,
             container,
         });
         open.push(Arc::downgrade(&group));
@@ -321,11 +295,6 @@ impl Groups {
             return Err(KernelError::NotViable { group: number });
         }
         Ok(fd)
-    }
-
-    /// The kernel behind them.
-    pub(crate) fn kernel(&self) -> &Arc<dyn Kernel> {
-        &self.kernel
     }
 }
 

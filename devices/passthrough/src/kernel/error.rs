@@ -40,6 +40,43 @@ pub enum KernelError {
         #[source]
         cause: Errno,
     },
+    /// The device has no file of its own.
+    #[error(
+        "{path} has no file in /dev/vfio/devices: bind the device to vfio-pci, on a kernel with \
+         CONFIG_VFIO_DEVICE_CDEV; or use groups (--platform iommufd=off)"
+    )]
+    NoFile {
+        /// The path that was given.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        cause: std::io::Error,
+    },
+    /// A device's file was given, and iommufd is not to be used.
+    #[error("a device given by its descriptor needs iommufd: leave out --platform iommufd=off")]
+    NeedsIommufd,
+    /// The kernel does not give a device to an iommufd.
+    #[error("the device cannot be used with iommufd: {remedy}")]
+    Bind {
+        /// What to do.
+        remedy: &'static str,
+        /// What the kernel said.
+        #[source]
+        cause: Errno,
+    },
+    /// Guest RAM that is mapped already lies where the device's IOMMU has something else.
+    #[error(
+        "guest RAM lies where the device's IOMMU reserves addresses \
+         (/sys/kernel/iommu_groups/*/reserved_regions): give the guest less memory"
+    )]
+    Reserved {
+        /// What the kernel said.
+        #[source]
+        cause: Errno,
+    },
+    /// The hypervisor does not take note of a file.
+    #[error("the hypervisor does not take the device's file")]
+    Registry(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// Another interface than the one known here.
     #[error("VFIO of this kernel has version {found}, this build knows version 0 with type 1 v2")]
     Version {

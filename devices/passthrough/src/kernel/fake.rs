@@ -1,8 +1,11 @@
-//! A kernel within the test: one PCI device in a group, with answers that a test can change.
+//! A kernel within the test: one PCI device in a group, or with a file of its own, with answers that a
+//! test can change.
+
+pub(crate) mod iommufd;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ffi::CStr;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,8 +18,10 @@ use vfio_user::{DeviceState, Feature};
 use vm_migration::RamRegion;
 use zerocopy::{FromBytes, IntoBytes};
 
+use self::iommufd::{Model, Object};
 use super::memory::PinnedRam;
-use super::sys::{Kernel, LogSpan};
+use super::registry::FileRegistry;
+use super::sys::{IovaRules, Kernel, LogSpan};
 use super::uapi::{Message, NO_FD, Number};
 
 /// Size of regions in the device's file, as vfio-pci has it.
@@ -25,6 +30,7 @@ pub(crate) const REGION_SHIFT: u32 = 40;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Role {
     Container,
+    Iommufd,
     Group,
     Device,
     Data,
@@ -35,6 +41,7 @@ pub(crate) struct Seen {
     roles: BTreeMap<RawFd, Role>,
     pub(crate) opened: Vec<PathBuf>,
     pub(crate) open_error: Option<Errno>,
+    pub(crate) open_errors: BTreeMap<PathBuf, Errno>,
     /// Group and container of each SET_CONTAINER.
     pub(crate) joined: Vec<(RawFd, RawFd)>,
     /// So many next SET_CONTAINER are refused.
@@ -76,6 +83,50 @@ pub(crate) struct Seen {
     pub(crate) stops: u32,
     pub(crate) container_log: bool,
     pub(crate) dirty: Vec<u64>,
+    pub(crate) iommufd: Model,
+}
+
+impl Seen {
+    /// `copy` is a duplicate of `of`.
+    pub(crate) fn know(&mut self, copy: &OwnedFd, of: &OwnedFd) {
+        let role = self.role(of.as_fd());
+        self.roles.insert(copy.as_raw_fd(), role);
+    }
+
+    /// Sets the bits of those dirty pages that are in `span`, and forgets them.
+    fn take_dirty(&mut self, span: LogSpan, words: &mut [u64]) {
+        assert!(span.words().unwrap() <= words.len());
+        self.reports.push(span);
+        self.dirty.retain(|at| {
+            let Some(inside) = at.checked_sub(span.iova).filter(|n| *n < span.length) else {
+                return true;
+            };
+            let bit = inside / span.page_size;
+            words[usize::try_from(bit / 64).unwrap()] |= 1 << (bit % 64);
+            false
+        });
+    }
+}
+
+/// Files that a hypervisor was told of: added, or removed.
+#[derive(Default)]
+pub(crate) struct FakeRegistry {
+    pub(crate) told: Mutex<Vec<(bool, RawFd)>>,
+    pub(crate) refuses: bool,
+}
+
+impl FileRegistry for FakeRegistry {
+    fn add(&self, file: BorrowedFd<'_>) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        if self.refuses {
+            return Err("no room for files".into());
+        }
+        self.told.lock().push((true, file.as_raw_fd()));
+        Ok(())
+    }
+
+    fn remove(&self, file: BorrowedFd<'_>) {
+        self.told.lock().push((false, file.as_raw_fd()));
+    }
 }
 
 pub(crate) struct FakeKernel(pub(crate) Mutex<Seen>);
@@ -150,6 +201,7 @@ impl FakeKernel {
             roles: BTreeMap::new(),
             opened: Vec::new(),
             open_error: None,
+            open_errors: BTreeMap::new(),
             joined: Vec::new(),
             refuse_join: 0,
             version: 0,
@@ -181,6 +233,11 @@ impl FakeKernel {
             stops: 0,
             container_log: false,
             dirty: Vec::new(),
+            iommufd: Model {
+                ranges: ranges.iter().map(|(first, last)| [*first, *last]).collect(),
+                alignment: 0x1000,
+                ..Model::default()
+            },
         })))
     }
 
@@ -237,6 +294,10 @@ impl Seen {
         Ok(0)
     }
 
+    fn iommufd(&mut self, fd: RawFd, request: Message, message: &mut [u8]) -> Result<i32, Errno> {
+        self.iommufd.request(fd, request, message, &mut self.mapped)
+    }
+
     fn feature(&mut self, message: &mut [u8]) -> Result<i32, Errno> {
         let (head, data) = message.split_at_mut(size_of::<FeatureMsg>());
         let head = FeatureMsg::read_from_bytes(head).unwrap();
@@ -268,12 +329,15 @@ impl Kernel for FakeKernel {
     fn open(&self, path: &Path) -> Result<OwnedFd, Errno> {
         let mut seen = self.0.lock();
         seen.opened.push(path.to_owned());
-        if let Some(error) = seen.open_error {
+        let refused = seen.open_errors.get(path).copied().or(seen.open_error);
+        if let Some(error) = refused {
             return Err(error);
         }
-        let role = match path.ends_with("vfio") {
-            true => Role::Container,
-            false => Role::Group,
+        let role = match path.to_str() {
+            Some("/dev/vfio/vfio") => Role::Container,
+            Some("/dev/iommu") => Role::Iommufd,
+            Some(path) if path.starts_with("/dev/vfio/devices/") => Role::Device,
+            _ => Role::Group,
         };
         Ok(seen.make(role))
     }
@@ -343,6 +407,19 @@ impl Kernel for FakeKernel {
             Message::DeviceInfo | Message::RegionInfo | Message::IrqInfo | Message::IommuInfo => {
                 seen.describe(request, message)
             }
+            Message::BindIommufd | Message::AttachPt | Message::DetachPt => {
+                assert_eq!(role, Role::Device);
+                seen.iommufd(fd.as_raw_fd(), request, message)
+            }
+            Message::Destroy
+            | Message::IoasAlloc
+            | Message::IoasUnmap
+            | Message::HwptAlloc
+            | Message::HwInfo
+            | Message::SetDirtyTracking => {
+                assert_eq!(role, Role::Iommufd);
+                seen.iommufd(fd.as_raw_fd(), request, message)
+            }
         }
     }
 
@@ -374,6 +451,52 @@ impl Kernel for FakeKernel {
             return Err(error);
         }
         seen.mapped.push(ram.ram());
+        Ok(())
+    }
+
+    fn ioas_map(&self, iommufd: BorrowedFd<'_>, ioas: u32, ram: &PinnedRam) -> Result<(), Errno> {
+        let mut seen = self.0.lock();
+        assert_eq!(seen.role(iommufd), Role::Iommufd);
+        assert_eq!(seen.iommufd.objects[&ioas], Object::Ioas);
+        if let Some(error) = seen.map_error {
+            return Err(error);
+        }
+        seen.mapped.push(ram.ram());
+        Ok(())
+    }
+
+    fn ioas_ranges(
+        &self,
+        iommufd: BorrowedFd<'_>,
+        ioas: u32,
+        ranges: &mut [[u64; 2]],
+    ) -> Result<IovaRules, Errno> {
+        let seen = self.0.lock();
+        assert_eq!(seen.role(iommufd), Role::Iommufd);
+        let model = &seen.iommufd;
+        assert_eq!(model.objects[&ioas], Object::Ioas);
+        ranges[..model.ranges.len()].copy_from_slice(&model.ranges);
+        let told = u32::try_from(model.ranges.len()).unwrap();
+        Ok(IovaRules {
+            ranges: model.ranges_told.unwrap_or(told),
+            alignment: model.alignment,
+        })
+    }
+
+    fn hwpt_report(
+        &self,
+        iommufd: BorrowedFd<'_>,
+        hwpt: u32,
+        span: LogSpan,
+        words: &mut [u64],
+    ) -> Result<(), Errno> {
+        let mut seen = self.0.lock();
+        assert_eq!(seen.role(iommufd), Role::Iommufd);
+        assert_eq!(seen.iommufd.objects[&hwpt], Object::Hwpt(true));
+        if let Some(error) = seen.report_error {
+            return Err(error);
+        }
+        seen.take_dirty(span, words);
         Ok(())
     }
 
@@ -429,16 +552,7 @@ impl Kernel for FakeKernel {
             return Err(error);
         }
         assert!(seen.log.is_some());
-        assert!(span.words().unwrap() <= words.len());
-        seen.reports.push(span);
-        seen.dirty.retain(|at| {
-            let Some(inside) = at.checked_sub(span.iova).filter(|n| *n < span.length) else {
-                return true;
-            };
-            let bit = inside / span.page_size;
-            words[usize::try_from(bit / 64).unwrap()] |= 1 << (bit % 64);
-            false
-        });
+        seen.take_dirty(span, words);
         Ok(())
     }
 

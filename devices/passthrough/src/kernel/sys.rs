@@ -19,10 +19,16 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use vfio_user::Feature;
 use vfio_user::wire::{AreaMsg, FEATURE_GET, FEATURE_SET, FeatureMsg, MigStateMsg};
+use vm_migration::IovaBitmap;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_ptr, ioctl_with_val};
 use zerocopy::{FromBytes, IntoBytes};
 
+use super::error::KernelError;
 use super::memory::PinnedRam;
+use super::uapi::iommufd::{
+    GetDirtyBitmapMsg, HWPT_GET_DIRTY_BITMAP, IOAS_IOVA_RANGES, IOAS_MAP,
+    IOAS_MAP_FIXED_READ_WRITE, IoasMapMsg, IovaRangesMsg,
+};
 use super::uapi::{
     DEVICE_FEATURE, DIRTY_PAGES_GET, DMA_MAP_READ_WRITE, DirtyGetMsg, GROUP_GET_DEVICE_FD,
     GROUP_SET_CONTAINER, IOMMU_DIRTY_PAGES, IOMMU_MAP_DMA, LogReportMsg, LogStartMsg, MapMsg,
@@ -46,6 +52,36 @@ impl LogSpan {
         let pages = self.length.div_ceil(self.page_size.max(1));
         usize::try_from(pages.div_ceil(64)).ok()
     }
+}
+
+/// Most bytes of IOVA in one report: what the kernel's `iova_bitmap` looks at without pinning the
+/// bitmap anew (512 pages of bitmap at 4 KiB pages), so that no report fails half-way.
+const REPORT_BYTES: u64 = 64 << 30;
+
+/// Has `report` OR into `bitmap` piece by piece.
+pub(crate) fn report_in_pieces(
+    bitmap: &mut IovaBitmap,
+    mut report: impl FnMut(LogSpan, &mut [u64]) -> Result<(), Errno>,
+) -> Result<(), KernelError> {
+    let page_size = bitmap.page_size().bytes();
+    for window in bitmap.windows_mut(REPORT_BYTES) {
+        let span = LogSpan {
+            iova: window.range.first().0,
+            length: window.range.len().ok_or(KernelError::WholeSpace)?,
+            page_size,
+        };
+        report(span, window.words).map_err(KernelError::refused("report what was written"))?;
+    }
+    Ok(())
+}
+
+/// What `IOMMU_IOAS_IOVA_RANGES` says besides the ranges.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct IovaRules {
+    /// How many ranges there are.
+    pub ranges: u32,
+    /// What first addresses and lengths of mappings are multiples of, in bytes.
+    pub alignment: u64,
 }
 
 /// What the kernel is asked. Each call ends in bounded time.
@@ -92,6 +128,38 @@ pub trait Kernel: Send + Sync {
     /// # Errors
     /// The driver's.
     fn map(&self, container: BorrowedFd<'_>, ram: &PinnedRam) -> Result<(), Errno>;
+
+    /// Lets the devices of an I/O address space of an iommufd read and write `ram` at its GPA. The
+    /// caller keeps `ram` until it is unmapped or the address space is gone.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn ioas_map(&self, iommufd: BorrowedFd<'_>, ioas: u32, ram: &PinnedRam) -> Result<(), Errno>;
+
+    /// Writes the first and the last address of each range that an I/O address space can map
+    /// into `ranges`.
+    ///
+    /// # Errors
+    /// The kernel's; `EMSGSIZE` if there are more ranges.
+    fn ioas_ranges(
+        &self,
+        iommufd: BorrowedFd<'_>,
+        ioas: u32,
+        ranges: &mut [[u64; 2]],
+    ) -> Result<IovaRules, Errno>;
+
+    /// ORs which pages of a mapped range the devices of an I/O page table wrote into `words`, and
+    /// forgets them.
+    ///
+    /// # Errors
+    /// The kernel's; `EINVAL` if `words` are too few.
+    fn hwpt_report(
+        &self,
+        iommufd: BorrowedFd<'_>,
+        hwpt: u32,
+        span: LogSpan,
+        words: &mut [u64],
+    ) -> Result<(), Errno>;
 
     /// Brings a device to a migration state (`enum vfio_device_mig_state`); the descriptor is that
     /// of a data session which this began.
@@ -260,6 +328,74 @@ impl Kernel for HostKernel {
         // anybody may write at any time, and mapped for as long as the container uses it, which
         // pins its pages besides.
         checked(unsafe { ioctl_with_ptr(&container, IOMMU_MAP_DMA.into(), argument) })?;
+        Ok(())
+    }
+
+    fn ioas_map(&self, iommufd: BorrowedFd<'_>, ioas: u32, ram: &PinnedRam) -> Result<(), Errno> {
+        let mut message = IoasMapMsg {
+            size: size::<IoasMapMsg>(),
+            flags: IOAS_MAP_FIXED_READ_WRITE,
+            ioas_id: ioas,
+            reserved: 0,
+            user_va: ram.hva(),
+            length: ram.ram().len,
+            iova: ram.ram().gpa.0,
+        };
+        let argument = std::ptr::from_mut(&mut message);
+        // SAFETY: the structure is read, and may be written, during the call. Of the memory it names
+        // the same holds as in `map`.
+        checked(unsafe { ioctl_with_mut_ptr(&iommufd, IOAS_MAP.into(), argument) })?;
+        Ok(())
+    }
+
+    fn ioas_ranges(
+        &self,
+        iommufd: BorrowedFd<'_>,
+        ioas: u32,
+        ranges: &mut [[u64; 2]],
+    ) -> Result<IovaRules, Errno> {
+        let mut message = IovaRangesMsg {
+            size: size::<IovaRangesMsg>(),
+            ioas_id: ioas,
+            num_iovas: u32::try_from(ranges.len()).map_err(|_| Errno::TOOBIG)?,
+            reserved: 0,
+            allowed_iovas: address(ranges.as_mut_ptr()),
+            out_iova_alignment: 0,
+        };
+        let argument = std::ptr::from_mut(&mut message);
+        // SAFETY: the structure and room for as many ranges as it says live through the call, and
+        // the kernel writes no more of either.
+        checked(unsafe { ioctl_with_mut_ptr(&iommufd, IOAS_IOVA_RANGES.into(), argument) })?;
+        Ok(IovaRules {
+            ranges: message.num_iovas,
+            alignment: message.out_iova_alignment,
+        })
+    }
+
+    fn hwpt_report(
+        &self,
+        iommufd: BorrowedFd<'_>,
+        hwpt: u32,
+        span: LogSpan,
+        words: &mut [u64],
+    ) -> Result<(), Errno> {
+        if span.words().is_none_or(|needed| needed > words.len()) {
+            return Err(Errno::INVAL);
+        }
+        let mut message = GetDirtyBitmapMsg {
+            size: size::<GetDirtyBitmapMsg>(),
+            hwpt_id: hwpt,
+            flags: 0,
+            reserved: 0,
+            iova: span.iova,
+            length: span.length,
+            page_size: span.page_size,
+            data: address(words.as_mut_ptr()),
+        };
+        let argument = std::ptr::from_mut(&mut message);
+        // SAFETY: the structure lives through the call, and the bitmap has a bit for each page of
+        // the span, which is all that the kernel writes.
+        checked(unsafe { ioctl_with_mut_ptr(&iommufd, HWPT_GET_DIRTY_BITMAP.into(), argument) })?;
         Ok(())
     }
 

@@ -2,6 +2,8 @@
 //!
 //! A test holds them against the `vfio-bindings` crate.
 
+pub(crate) mod iommufd;
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// `VFIO_API_VERSION`.
@@ -64,8 +66,26 @@ pub enum Message {
     /// `VFIO_DEVICE_FEATURE` of features whose data holds no pointer, and probes of any. On a
     /// container the same number is `VFIO_IOMMU_DIRTY_PAGES`, used so to start and to stop.
     DeviceFeature = 0x3b75,
+    /// `VFIO_DEVICE_BIND_IOMMUFD`; a descriptor is a number in it.
+    BindIommufd = 0x3b76,
+    /// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`.
+    AttachPt = 0x3b77,
+    /// `VFIO_DEVICE_DETACH_IOMMUFD_PT`.
+    DetachPt = 0x3b78,
     /// `VFIO_MIG_GET_PRECOPY_INFO`, on a data descriptor.
     PrecopyInfo = 0x3b79,
+    /// `IOMMU_DESTROY`.
+    Destroy = 0x3b80,
+    /// `IOMMU_IOAS_ALLOC`.
+    IoasAlloc = 0x3b81,
+    /// `IOMMU_IOAS_UNMAP`.
+    IoasUnmap = 0x3b86,
+    /// `IOMMU_HWPT_ALLOC` without data of a vendor's.
+    HwptAlloc = 0x3b89,
+    /// `IOMMU_GET_HW_INFO` without data of a vendor's.
+    HwInfo = 0x3b8a,
+    /// `IOMMU_HWPT_SET_DIRTY_TRACKING`.
+    SetDirtyTracking = 0x3b8b,
 }
 
 /// `VFIO_GROUP_SET_CONTAINER`.
@@ -344,6 +364,9 @@ mod tests {
             (IOMMU_DIRTY_PAGES, 17),
             (DEVICE_FEATURE, 17),
             (Message::DeviceFeature as u32, 17),
+            (Message::BindIommufd as u32, 18),
+            (Message::AttachPt as u32, 19),
+            (Message::DetachPt as u32, 20),
             (Message::PrecopyInfo as u32, 21),
         ] {
             assert_eq!(ours, request(n), "request {n}");

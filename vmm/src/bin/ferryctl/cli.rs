@@ -8,7 +8,7 @@ use vmm::api::{
     ReceiveDeviceConfig, ReceiveMigrationConfig, ReceiveNetConfig, ReceiveUserDeviceConfig,
     SendMigrationConfig, TimeoutStrategy,
 };
-use vmm::config::{ConsoleConfig, parse_size};
+use vmm::config::{ConsoleConfig, PlatformConfig, parse_size};
 
 /// Drives a ferry over its API socket.
 ///
@@ -166,12 +166,16 @@ pub(crate) struct ReceiveDevices {
     /// repeated.
     #[arg(long, value_name = "ID@SOCKET")]
     pub(crate) net_socket: Vec<Placed>,
-    /// The folder in sysfs of the host's device at the destination; may be repeated.
-    #[arg(long, value_name = "ID@DIR")]
+    /// The folder in sysfs of the host's device at the destination, or the descriptor of its open
+    /// file that ferry inherited there; may be repeated.
+    #[arg(long, value_name = "ID@DIR|ID@fd=N")]
     pub(crate) device: Vec<Placed>,
     /// The server's socket a passthrough device has at the destination; may be repeated.
     #[arg(long, value_name = "ID@SOCKET")]
     pub(crate) user_device: Vec<Placed>,
+    /// How the host's devices are opened at the destination, as `ferry --platform` takes it.
+    #[arg(long, value_name = "iommufd=MODE,…")]
+    pub(crate) platform: Option<PlatformConfig>,
     /// The serial port at the destination, as `ferry --serial` takes it.
     #[arg(long, value_name = "MODE", value_parser = |text: &str| ConsoleConfig::parse("--serial", text))]
     pub(crate) serial: Option<ConsoleConfig>,
@@ -192,9 +196,15 @@ impl ReceiveDevices {
             tap: None,
             vhost_socket: Some(PathBuf::from(&placed.place)),
         });
-        let devices = self.device.iter().map(|placed| ReceiveDeviceConfig {
-            id: placed.id.clone(),
-            path: PathBuf::from(&placed.place),
+        let devices = self.device.iter().map(|placed| {
+            // A folder in sysfs starts with a slash.
+            let fd = placed.place.strip_prefix("fd=");
+            let fd = fd.and_then(|number| number.parse().ok());
+            ReceiveDeviceConfig {
+                id: placed.id.clone(),
+                path: fd.is_none().then(|| PathBuf::from(&placed.place)),
+                fd,
+            }
         });
         let user_devices = self
             .user_device
@@ -208,6 +218,7 @@ impl ReceiveDevices {
             net: taps.chain(sockets).collect(),
             devices: devices.collect(),
             user_devices: user_devices.collect(),
+            platform: self.platform,
             serial: self.serial.clone(),
             console: self.console.clone(),
         }
@@ -301,7 +312,7 @@ mod tests {
     fn a_whole_migration_on_one_line() {
         let cli = parse(
             "migrate --from /a --to /b --url tcp:h:1 --net _net0@tap1 --net _net1@tap2 \
-             --net-socket _net2@/vhost --user-device _user0@/nic --device _vfio0@/sys/x \
+             --net-socket _net2@/vhost --user-device _user0@/nic --device _vfio0@/sys/x --device _vfio1@fd=7 --platform iommufd=on \
              --serial file=/log --downtime-ms 50 --max-bandwidth 10M --json",
         )
         .unwrap();
@@ -312,7 +323,9 @@ mod tests {
         assert_eq!(receive.net[1].tap.as_deref(), Some("tap2"));
         assert_eq!(receive.net[2].vhost_socket, Some(PathBuf::from("/vhost")));
         assert_eq!(receive.user_devices[0].socket, PathBuf::from("/nic"));
-        assert_eq!(receive.devices[0].path, PathBuf::from("/sys/x"));
+        assert_eq!(receive.devices[0].path, Some(PathBuf::from("/sys/x")));
+        assert_eq!(receive.devices[1].fd, Some(7));
+        assert!(receive.platform.is_some());
         let send = order.limits.send_config(&order.url);
         assert_eq!((send.downtime_ms, send.max_bandwidth), (50, Some(10 << 20)));
     }

@@ -7,7 +7,10 @@ use rustix::io::Errno;
 use vm_migration::{ErrorChain, Iova};
 
 use super::*;
-use crate::kernel::fake::{FakeKernel, REGION_SHIFT, region as region_answer, sparse};
+use crate::kernel::HostVfio;
+use crate::kernel::fake::{
+    FakeKernel, FakeRegistry, REGION_SHIFT, region as region_answer, sparse,
+};
 
 /// A folder like one of sysfs: a device in group 7.
 struct Sysfs(tempfile::TempDir);
@@ -28,10 +31,19 @@ impl Sysfs {
     }
 }
 
+fn host(kernel: &Arc<FakeKernel>) -> HostVfio {
+    let registry = Arc::new(FakeRegistry::default());
+    HostVfio::new(
+        Arc::clone(kernel) as _,
+        Interface::Group,
+        Arc::default(),
+        registry,
+    )
+}
+
 fn open(kernel: &Arc<FakeKernel>) -> Result<KernelVfioBackend, KernelError> {
     let sysfs = Sysfs::new();
-    let groups = Groups::new(Arc::clone(kernel) as _);
-    KernelVfioBackend::open(&sysfs.device("0000:01:00.0"), &groups)
+    host(kernel).open(&sysfs.device("0000:01:00.0"))
 }
 
 fn told<T>(result: Result<T, KernelError>) -> String {
@@ -97,9 +109,9 @@ fn what_keeps_a_device_from_being_opened_is_named_with_the_remedy() {
         let error = told(open(&kernel));
         assert!(error.contains(text), "{text}: {error}");
     }
-    let groups = Groups::new(FakeKernel::new() as _);
+    let host = host(&FakeKernel::new());
     let sysfs = Sysfs::new();
-    let open = |name| told(KernelVfioBackend::open(&sysfs.device(name), &groups));
+    let open = |name| told(host.open(&sysfs.device(name)));
     assert!(open("absent").contains("no IOMMU group"));
     assert!(open("odd").contains("bound to vfio-pci"));
 }

@@ -5,7 +5,7 @@ use vm_migration::memory::{Backing, GuestMemory, RamMapping, map_ram};
 use vm_migration::{ErrorChain, Iova, IovaRange};
 
 use super::*;
-use crate::kernel::fake::{FakeKernel, iommu};
+use crate::kernel::fake::{FakeKernel, FakeRegistry, iommu};
 
 const HIGH: u64 = 1 << 32;
 
@@ -18,6 +18,10 @@ fn memory() -> GuestMemory {
     map_ram(vec![region(0), region(HIGH)]).unwrap()
 }
 
+fn groups(kernel: &Arc<FakeKernel>) -> Groups {
+    Groups::new(Arc::clone(kernel) as _, Arc::new(FakeRegistry::default()))
+}
+
 fn pinned(memory: &GuestMemory) -> Vec<PinnedRam> {
     memory.iter().map(PinnedRam::new).collect()
 }
@@ -25,7 +29,7 @@ fn pinned(memory: &GuestMemory) -> Vec<PinnedRam> {
 #[test]
 fn groups_share_a_container_and_memory_is_mapped_once() {
     let kernel = FakeKernel::new();
-    let groups = Groups::new(Arc::clone(&kernel) as _);
+    let groups = groups(&kernel);
     let (first, second) = (groups.get(7).unwrap(), groups.get(8).unwrap());
     assert!(Arc::ptr_eq(&groups.get(7).unwrap(), &first));
     assert!(Arc::ptr_eq(&first.container, &second.container));
@@ -59,7 +63,7 @@ fn memory_that_cannot_be_mapped_is_named() {
     let request = (Message::IommuInfo as u32, 0);
     let ranges = [(0, 0xffff_ffff), (HIGH + 0x1000, u64::MAX)];
     kernel.0.lock().answers.insert(request, iommu(&ranges));
-    let groups = Groups::new(Arc::clone(&kernel) as _);
+    let groups = groups(&kernel);
     let group = groups.get(7).unwrap();
     let told = |result: Result<(), KernelError>| ErrorChain(&result.unwrap_err()).to_string();
     let memory = memory();
@@ -81,11 +85,11 @@ fn memory_that_cannot_be_mapped_is_named() {
 #[test]
 fn the_bitmaps_of_a_container_add_to_what_was_known() {
     let kernel = FakeKernel::new();
-    let groups = Groups::new(Arc::clone(&kernel) as _);
+    let groups = groups(&kernel);
     let group = groups.get(7).unwrap();
     let container = group.container();
     assert!(container.has_log());
-    assert_eq!(container.page_size(), PageSize::SIZE_4K);
+    assert_eq!(container.page_size().unwrap(), PageSize::SIZE_4K);
     assert_eq!(container.max_region(), 8 << 40, "256 MiB of bits");
     let memory = memory();
     let high = pinned(&memory).pop().unwrap();
