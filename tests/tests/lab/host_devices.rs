@@ -20,7 +20,7 @@ use crate::streams::{Direction, Stream};
 const BYTES: u64 = 32 << 20;
 
 /// A pair of cards; addresses are 10.79.INDEX.END, MACs end in INDEX and END.
-struct Pair {
+pub(crate) struct Pair {
     index: u8,
     /// Where the guest's card is on the host's bus.
     place: &'static str,
@@ -30,7 +30,7 @@ struct Pair {
     directions: &'static [Direction],
 }
 
-const VIRTIO: Pair = Pair {
+pub(crate) const VIRTIO: Pair = Pair {
     index: 0,
     place: "0000:00:10.0",
     driver: "virtio-pci",
@@ -54,7 +54,7 @@ impl Pair {
     }
 
     /// Takes the guest's card from the host's driver; its folder in sysfs.
-    fn unbind(&self) -> Result<PathBuf> {
+    pub(crate) fn unbind(&self) -> Result<PathBuf> {
         let name = self.place;
         let card = Path::new("/sys/bus/pci/devices").join(name);
         fs::write(card.join("driver_override"), "vfio-pci")?;
@@ -68,7 +68,7 @@ impl Pair {
     }
 
     /// Sets the host's card up.
-    fn set_up(&self) -> Result<()> {
+    pub(crate) fn set_up(&self) -> Result<()> {
         let mac = self.mac(1);
         for entry in fs::read_dir("/sys/class/net")? {
             let path = entry?.path();
@@ -85,7 +85,7 @@ impl Pair {
     }
 
     /// The guest's address for its card, and an answer from there.
-    fn configure(&self, linux: &mut Linux) -> Result<()> {
+    pub(crate) fn configure(&self, linux: &mut Linux) -> Result<()> {
         let address = format!("{}/24", self.address(2));
         linux.add_interface(&self.mac(2), &[&address])?;
         let address: IpAddr = self.address(2).parse()?;
@@ -106,7 +106,7 @@ impl Pair {
     }
 
     /// TCP both ways, one after the other, each byte and the checksum compared.
-    fn stream(&self, linux: &mut Linux, dir: &Path, when: &str) -> Result<()> {
+    pub(crate) fn stream(&self, linux: &mut Linux, dir: &Path, when: &str) -> Result<()> {
         let limits = format!("--bytes {BYTES}");
         for &direction in self.directions {
             let receiver = match direction {
