@@ -418,6 +418,7 @@ impl Backend for FakeBackend {
 
 /// A log that devices share.
 pub(crate) struct FakeShared {
+    pub(crate) rung: Mutex<DirtyRung>,
     max_region: u64,
     pub(crate) on: Mutex<bool>,
     pub(crate) dirty: Mutex<Vec<u64>>,
@@ -426,6 +427,7 @@ pub(crate) struct FakeShared {
 impl FakeShared {
     pub(crate) fn new(max_region: u64) -> Arc<Self> {
         Arc::new(Self {
+            rung: Mutex::new(DirtyRung::Container),
             max_region,
             on: Mutex::new(false),
             dirty: Mutex::default(),
@@ -435,7 +437,7 @@ impl FakeShared {
 
 impl SharedLog for FakeShared {
     fn rung(&self) -> DirtyRung {
-        DirtyRung::Container
+        *self.rung.lock()
     }
 
     fn page_size(&self) -> Result<PageSize, BackendError> {

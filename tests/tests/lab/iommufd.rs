@@ -42,7 +42,7 @@ fn fact(linux: &Linux, key: &str) -> Result<String> {
     Ok(fact.as_str().context("no such fact")?.to_owned())
 }
 
-/// A stock guest uses the card of the host, also after it reboots if it shall.
+/// A stock guest uses the card of the host, or does so after it has rebooted.
 fn serves(card: &str, options: &[&str], reboots: bool) -> Result<()> {
     VIRTIO.set_up()?;
     let dir = tempfile::tempdir()?;
@@ -55,14 +55,15 @@ fn serves(card: &str, options: &[&str], reboots: bool) -> Result<()> {
     ensure!(backend == "vfio with iommufd", "{backend}");
     println!("dirty source: {}", fact(&linux, "dirty_source")?);
     VIRTIO.configure(&mut linux)?;
-    VIRTIO.stream(&mut linux, dir.path(), "first")?;
-    let irqs = linux.shell.ask("cat /proc/interrupts")?;
-    ensure!(irqs.contains("MSI"), "no MSI-X: {irqs}");
     if reboots {
         linux.reboot(dir.path())?;
         VIRTIO.configure(&mut linux)?;
-        VIRTIO.stream(&mut linux, dir.path(), "rebooted")?;
     }
+    VIRTIO.stream(&mut linux, dir.path(), "served")?;
+    let irqs = linux.shell.ask("cat /proc/interrupts")?;
+    ensure!(irqs.contains("MSI"), "no MSI-X: {irqs}");
+    let words = linux.ferry.process.output();
+    ensure!(!words.contains("WARN"), "{words}");
     linux.power_off()
 }
 

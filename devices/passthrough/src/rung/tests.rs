@@ -29,8 +29,13 @@ fn the_best_rung_is_taken_and_the_last_only_by_consent() {
     assert!(error.contains("dirty=all"), "{error}");
     assert_eq!(nic.dirty_rung(true).unwrap(), DirtyRung::Everything);
 
-    backend.seen.lock().shared = Some(FakeShared::new(RAM.len));
+    let shared = FakeShared::new(RAM.len);
+    backend.seen.lock().shared = Some(Arc::clone(&shared));
     assert_eq!(nic.dirty_rung(true).unwrap(), DirtyRung::Container);
+    *shared.rung.lock() = DirtyRung::Iommu;
+    assert_eq!(nic.dirty_rung(false).unwrap(), DirtyRung::Iommu);
+    let sources = crate::dirty_sources([(&nic, false)]).unwrap();
+    assert_eq!(sources[0].id(), "iommu-of-nic0");
     // Its bitmaps are too short for the region.
     backend.seen.lock().shared = Some(FakeShared::new(RAM.len - 1));
     assert_eq!(nic.dirty_rung(true).unwrap(), DirtyRung::Everything);
