@@ -158,7 +158,8 @@ impl Shell {
         let log = format!("/tmp/{name}");
         self.ask(&format!(
             "rm -f {log}.status; \
-             ({command} > {log}.log 2>&1 & echo $! > {log}.pid; wait $!; echo $? > {log}.status) &"
+             ({command} > {log}.log 2>&1 & echo $! > {log}.pid; wait $!; \
+             echo $? > {log}.end; mv {log}.end {log}.status) &"
         ))?;
         Ok(())
     }
