@@ -46,8 +46,9 @@ udp-seq recv --listen ADDR:PORT [--count N] [--seconds S] [--idle S]
 dirty --mib N [--rate MIB/S] [--seconds S]
     Writes memory with a known pattern, and checks that it stays.
 mock-dma [--pages N] [--rate PAGES/S] [--record BYTES] [--step PAGES] [--devices N]
-         [--peers true] [--seconds S]
-    Has the lab's mock DMA devices write pages and each other's mailboxes, and checks all of it.
+         [--peers true] [--pause MS] [--seconds S]
+    Has the lab's mock DMA devices write pages and each other's mailboxes, and checks all of it: some
+    with each pause, and everything, the devices at rest, on arrival from a migration.
 
 All output is JSON, one object per line. Status: 0 right, 1 wrong data, 2 failed.
 ";

@@ -56,6 +56,8 @@ int mock_regs_load(struct mock_device *mock, const struct mock_snapshot *snapsho
 		return -EINVAL;
 	mock->regs = *regs;
 	mock->regs.instance = mock->index;
+	if (regs->engine & MOCK_ENGINE_STAYS)
+		mock->regs.engine = 0;
 	memcpy(mock->segments, snapshot->segments, sizeof(mock->segments));
 	mock->seed = snapshot->seed;
 	memcpy(mock->mailbox, snapshot->mailbox, MOCK_MAILBOX_BYTES);
@@ -202,7 +204,7 @@ void mock_register_write(struct mock_device *mock, u32 offset, u32 value)
 		regs->status = 0;
 		break;
 	case offsetof(struct mock_regs, engine):
-		regs->engine = value & 1;
+		regs->engine = value & (MOCK_ENGINE_ON | MOCK_ENGINE_STAYS);
 		mock_engine_wake(mock);
 		break;
 	case offsetof(struct mock_regs, rate):
@@ -295,8 +297,8 @@ static u32 due(struct mock_device *mock)
 
 static bool engine_runs(struct mock_device *mock)
 {
-	return mock->open && mock->regs.engine && mock->regs.pages && mock->regs.rate &&
-	       may_dma(mock, false);
+	return mock->open && (mock->regs.engine & MOCK_ENGINE_ON) && mock->regs.pages &&
+	       mock->regs.rate && may_dma(mock, false);
 }
 
 void mock_tick(struct work_struct *work)

@@ -45,6 +45,10 @@
 #define MOCK_DMA_MAX		(4 << 20)
 #define MOCK_RECORD_MIN		8
 #define MOCK_RECORD_MAX		4096
+/* Bits of the register `engine`. */
+#define MOCK_ENGINE_ON		1
+/* With ON: the engine does not move. What a migration lost would soon be written over. */
+#define MOCK_ENGINE_STAYS	2
 #define MOCK_WORD_STEP		0x9e3779b97f4a7c15ULL
 
 struct mock_regs {
@@ -66,7 +70,7 @@ struct mock_regs {
 	__u64 stamp;		/* ro: records that the engine wrote */
 	__u64 pattern;
 	/* 0x040 */
-	__u32 engine;		/* 1: on. Once a write of 0 has returned, no DMA is under way */
+	__u32 engine;		/* MOCK_ENGINE_*. Once a write of 0 has returned, no DMA is under way */
 	__u32 rate;		/* records per second */
 	__u32 bytes;		/* of a record, a multiple of 8 */
 	__u32 step;		/* prime to the number of pages */

@@ -15,6 +15,9 @@ const DEVICE: &str = "0xfe77";
 const MAGIC: u32 = 0x4456_4d46;
 const BAR_BYTES: usize = 4096;
 
+/// `Register::Engine`: on, but only as long as the device does not move.
+const ENGINE_ON_HERE: u32 = 3;
+
 /// PCI command register: memory space, bus mastering.
 const COMMAND: u64 = 4;
 const COMMAND_BITS: u16 = 6;
@@ -144,7 +147,7 @@ impl Device {
 
     /// Has the engine write the pages of `segments` (address, pages), from record 1 on.
     pub(super) fn start(&self, segments: &[(u64, u32)], engine: Engine) {
-        self.set(Register::Engine, 0);
+        self.stop();
         self.set_wide(Wide::Stamp, 0);
         for (number, (address, pages)) in (0..).zip(segments) {
             self.set(Register::Segment, number);
@@ -155,7 +158,17 @@ impl Device {
         self.set(Register::Bytes, engine.bytes);
         self.set(Register::Step, engine.step);
         self.set_wide(Wide::Pattern, engine.pattern);
-        self.set(Register::Engine, 1);
+        self.resume();
+    }
+
+    /// Has the engine go on, until it is stopped or a migration has moved the device.
+    pub(super) fn resume(&self) {
+        self.set(Register::Engine, ENGINE_ON_HERE);
+    }
+
+    /// Has it write no more.
+    pub(super) fn stop(&self) {
+        self.set(Register::Engine, 0);
     }
 
     /// One DMA write of `bytes` of `pattern`; the errno it ended with.

@@ -28,8 +28,10 @@ const PAGES_PER_HUGE: usize = 256;
 const SEGMENTS_MAX: usize = 128;
 /// Pages looked at between two looks at the device's count.
 const BATCH: usize = 64;
-/// How long a record may be under way before it counts as torn.
+/// How long a record may be under way before it counts as torn, and how many looks that takes at
+/// least: on a busy host the guest may stand still between two of them, and a page be written anew.
 const TEAR_PATIENCE: Duration = Duration::from_millis(200);
+const TEAR_LOOKS: u32 = 50;
 
 /// What was found so far.
 #[derive(Clone, Copy, Default, Debug)]
@@ -57,6 +59,19 @@ impl Findings {
         }
     }
 
+    /// Takes in what was found besides.
+    const fn include(&mut self, more: Self) {
+        self.checked += more.checked;
+        self.stale += more.stale;
+        self.foreign += more.foreign;
+        self.torn += more.torn;
+        self.trespassed += more.trespassed;
+        self.doorbells += more.doorbells;
+        self.doorbells_wrong += more.doorbells_wrong;
+        self.peer_checked += more.peer_checked;
+        self.peer_wrong += more.peer_wrong;
+    }
+
     const fn is_right(&self) -> bool {
         self.stale + self.foreign + self.torn + self.trespassed == 0
             && self.doorbells_wrong + self.peer_wrong == 0
@@ -74,6 +89,8 @@ struct Driven {
     stamp: u64,
     /// Its number among its host's devices: a migration changes it.
     instance: u32,
+    /// What that was at the last look.
+    now: u32,
 }
 
 impl Driven {
@@ -93,6 +110,7 @@ impl Driven {
             next: 0,
             stamp: 0,
             instance,
+            now: instance,
         };
         for huge in &driven.memory {
             for at in 0..PAGES_PER_HUGE * PAGE_WORDS {
@@ -153,13 +171,21 @@ impl Driven {
             return true;
         };
         let began = Instant::now();
+        let mut looks = 0;
         while !is_whole(words, self.engine) {
-            if began.elapsed() > TEAR_PATIENCE {
+            looks += 1;
+            if looks >= TEAR_LOOKS && began.elapsed() > TEAR_PATIENCE {
                 return true;
             }
             std::thread::sleep(Duration::from_millis(1));
         }
         false
+    }
+
+    /// Whether it has become another device since the last look: a migration was.
+    fn has_arrived(&mut self) -> bool {
+        let before = std::mem::replace(&mut self.now, self.device.get(Register::Instance));
+        self.now != before
     }
 
     /// Looks at all that is not the device's.
@@ -254,6 +280,7 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<Verdict> {
     let step = args.option("step")?.unwrap_or(1);
     let devices: Option<usize> = args.option("devices")?;
     let peers = Peers(args.option("peers")?.unwrap_or(false));
+    let pause = Duration::from_millis(args.option("pause")?.unwrap_or(1));
     let seconds = args.option("seconds")?;
     args.finish()?;
     ensure!(pages > 0, "--pages 0 leaves nothing to check");
@@ -279,10 +306,16 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<Verdict> {
         };
         all.push(Driven::new(device, pages, engine)?);
     }
-    run_on(&mut all, &peers, Schedule::new(seconds))
+    run_on(&mut all, &peers, Schedule::new(seconds), pause)
 }
 
-fn run_on(all: &mut [Driven], peers: &Peers, mut schedule: Schedule) -> anyhow::Result<Verdict> {
+/// Looks at some pages of each device, again and again, with pauses of that length.
+fn run_on(
+    all: &mut [Driven],
+    peers: &Peers,
+    mut schedule: Schedule,
+    pause: Duration,
+) -> anyhow::Result<Verdict> {
     let mut findings = Findings::default();
     let mut gaps = Gaps::new();
     peers.start(all);
@@ -291,7 +324,17 @@ fn run_on(all: &mut [Driven], peers: &Peers, mut schedule: Schedule) -> anyhow::
         driven.start();
     }
     line("ready", all, &findings)?.print()?;
+    let mut arrivals = 0_u64;
     while !schedule.is_over(Instant::now()) {
+        if any_arrived(all) {
+            arrivals += 1;
+            let arrival = check_arrival(all, peers);
+            line("arrived", all, &arrival)?
+                .number("arrivals", arrivals)
+                .truth("right", arrival.is_right())
+                .print()?;
+            findings.include(arrival);
+        }
         for driven in &mut *all {
             let before = driven.stamp;
             driven.check_some(BATCH, &mut findings);
@@ -308,9 +351,34 @@ fn run_on(all: &mut [Driven], peers: &Peers, mut schedule: Schedule) -> anyhow::
                 .number("longest_gap_ms", gaps.longest_ms(Instant::now()))
                 .print()?;
         }
-        std::thread::sleep(Duration::from_millis(1));
+        std::thread::sleep(pause);
     }
     finish(all, peers, findings, &gaps)
+}
+
+/// Whether a migration was since the last look. All devices are looked at: they move together.
+fn any_arrived(all: &mut [Driven]) -> bool {
+    let mut any = false;
+    for driven in all {
+        any |= driven.has_arrived();
+    }
+    any
+}
+
+/// Everything, just after a migration. The devices rest since they stopped at the source, as
+/// [`Device::resume`] asked them to: else they would write over what was lost.
+fn check_arrival(all: &mut [Driven], peers: &Peers) -> Findings {
+    let mut findings = Findings::default();
+    for driven in &mut *all {
+        driven.check_some(driven.order.pages(), &mut findings);
+        driven.check_foreign(&mut findings);
+        driven.check_doorbell(&mut findings);
+    }
+    peers.check(all, &mut findings);
+    for driven in &*all {
+        driven.device.resume();
+    }
+    findings
 }
 
 /// Everything once more, with the devices at rest: now each page must be exact.
@@ -322,7 +390,7 @@ fn finish(
 ) -> anyhow::Result<Verdict> {
     let longest = gaps.longest_ms(Instant::now());
     for driven in &mut *all {
-        driven.device.set(Register::Engine, 0);
+        driven.device.stop();
         driven.check_some(driven.order.pages(), &mut findings);
         driven.check_foreign(&mut findings);
     }
