@@ -16,8 +16,19 @@ use e2e::netns;
 
 use crate::streams::{Direction, Stream};
 
-/// Bytes of each stream.
-const BYTES: u64 = 32 << 20;
+/// MiB of each stream; of the first ones as `FERRY_STREAM_MIB` says.
+const STREAM_MIB: u64 = 32;
+/// The slowest that a stream may be, in MiB per second.
+const SLOWEST: u64 = 1;
+
+/// Bytes of the first streams.
+fn first_bytes() -> Result<u64> {
+    let mib = match std::env::var("FERRY_STREAM_MIB") {
+        Ok(text) => text.parse().context("FERRY_STREAM_MIB")?,
+        Err(_) => STREAM_MIB,
+    };
+    Ok(mib << 20)
+}
 
 /// A pair of cards; addresses are 10.79.INDEX.END, MACs end in INDEX and END.
 pub(crate) struct Pair {
@@ -107,7 +118,13 @@ impl Pair {
 
     /// TCP both ways, one after the other, each byte and the checksum compared.
     pub(crate) fn stream(&self, linux: &mut Linux, dir: &Path, when: &str) -> Result<()> {
-        let limits = format!("--bytes {BYTES}");
+        self.stream_of(linux, dir, (when, STREAM_MIB << 20))
+    }
+
+    /// The same of so many bytes.
+    fn stream_of(&self, linux: &mut Linux, dir: &Path, (when, bytes): (&str, u64)) -> Result<()> {
+        let limits = format!("--bytes {bytes}");
+        let limit = Duration::from_secs(60 + (bytes >> 20) / SLOWEST);
         for &direction in self.directions {
             let receiver = match direction {
                 Direction::In => format!("{}:7001", self.address(2)),
@@ -116,12 +133,13 @@ impl Pair {
             let start = Instant::now();
             let name = format!("{when}-{direction:?}");
             let stream = Stream::start(linux, dir, &name, direction, &receiver, &limits)?;
-            let sum = stream.finish(linux)?;
-            ensure!(sum.bytes == BYTES, "{when}: {sum:?}");
+            let sum = stream.finish_within(linux, limit)?;
+            ensure!(sum.bytes == bytes, "{when}: {sum:?}");
+            let took = start.elapsed();
             println!(
-                "{} {when} {direction:?}: {BYTES} bytes in {:.1?}",
+                "{} {when} {direction:?}: {bytes} bytes in {took:.1?}, {:.1} MB/s",
                 self.driver,
-                start.elapsed()
+                Duration::from_micros(bytes).as_secs_f64() / took.as_secs_f64()
             );
         }
         Ok(())
@@ -174,7 +192,7 @@ fn passes_through(test: &str, pair: &Pair, vcpus: u8) -> Result<()> {
         .options(&["--device", &device]);
     let mut linux = Linux::boot(dir.path(), "linux", &config)?;
     pair.configure(&mut linux)?;
-    pair.stream(&mut linux, dir.path(), "first")?;
+    pair.stream_of(&mut linux, dir.path(), ("first", first_bytes()?))?;
     let irqs = linux.shell.ask("cat /proc/interrupts")?;
     ensure!(irqs.contains("MSI"), "no MSI-X: {irqs}");
 

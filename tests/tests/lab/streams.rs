@@ -97,8 +97,13 @@ impl Stream {
     }
 
     /// Waits for the end of the stream, which has its limits; both ends must agree on all bytes.
-    pub(crate) fn finish(mut self, linux: &mut Linux) -> Result<Sum> {
-        let guest = linux.shell.end_job(&self.name, DRAIN)?;
+    pub(crate) fn finish(self, linux: &mut Linux) -> Result<Sum> {
+        self.finish_within(linux, DRAIN)
+    }
+
+    /// As [`Stream::finish`], of a stream that may still take that long.
+    pub(crate) fn finish_within(mut self, linux: &mut Linux, limit: Duration) -> Result<Sum> {
+        let guest = linux.shell.end_job(&self.name, limit)?;
         let status = self.host.wait(DRAIN)?;
         let about = || {
             format!(
