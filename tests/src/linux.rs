@@ -93,17 +93,23 @@ pub struct LinuxConfig {
     pub format: Format,
     /// Its vCPUs.
     pub vcpus: u8,
+    /// Its memory, in MiB.
+    pub memory_mib: u32,
+    /// What its kernel is told besides.
+    pub cmdline: &'static str,
     /// More options of `ferry`.
     pub options: Vec<String>,
 }
 
 impl LinuxConfig {
-    /// A guest with one vCPU that is booted from a bzImage.
+    /// A guest with one vCPU and 192 MiB that is booted from a bzImage.
     pub const fn new(kernel: Kernel) -> Self {
         Self {
             kernel,
             format: Format::BzImage,
             vcpus: 1,
+            memory_mib: 192,
+            cmdline: "",
             options: Vec::new(),
         }
     }
@@ -112,6 +118,20 @@ impl LinuxConfig {
     #[must_use]
     pub const fn vcpus(mut self, vcpus: u8) -> Self {
         self.vcpus = vcpus;
+        self
+    }
+
+    /// With so much memory.
+    #[must_use]
+    pub const fn memory_mib(mut self, mib: u32) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// Its kernel told this as well.
+    #[must_use]
+    pub const fn cmdline(mut self, cmdline: &'static str) -> Self {
+        self.cmdline = cmdline;
         self
     }
 
@@ -140,11 +160,11 @@ impl LinuxConfig {
             "--initramfs".to_owned(),
             file("initramfs")?,
             "--cmdline".to_owned(),
-            "console=ttyS0 quiet panic=-1".to_owned(),
+            format!("console=ttyS0 quiet panic=-1 {}", self.cmdline),
             "--cpus".to_owned(),
             format!("boot={}", self.vcpus),
             "--memory".to_owned(),
-            "size=192M,shared=on".to_owned(),
+            format!("size={}M,shared=on", self.memory_mib),
             "--serial".to_owned(),
             "tty".to_owned(),
             "--console".to_owned(),

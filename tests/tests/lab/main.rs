@@ -8,6 +8,7 @@ mod hashes;
 mod host_devices;
 mod iommufd;
 mod migrate;
+mod mock;
 mod net;
 mod streams;
 mod toeplitz;
