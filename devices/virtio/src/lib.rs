@@ -39,7 +39,7 @@ pub use console::Console;
 pub use device::{
     Activation, ActiveQueue, DeviceError, DeviceInterrupt, DeviceType, VirtioDevice, feature,
 };
-pub use net::{Net, NetBackend, NetCounters, NetError, NetOptions, NetTotals};
+pub use net::{KernelHelp, Net, NetBackend, NetCounters, NetError, NetOptions, NetTotals};
 pub use rng::{EntropySource, Rng};
 pub use transport::{TransportError, VirtioPciDevice, VirtioPciParts};
 pub use vhost_user::{

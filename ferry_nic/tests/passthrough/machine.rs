@@ -12,7 +12,7 @@ use devices::{InterruptError, MsiFabric, MsiLine, MsiMessage, ThreadSpawner};
 use ferry_nic::NicDevice;
 use net_util::hash::HashTypes;
 use net_util::header::HeaderSize;
-use net_util::tap::Offloads;
+use net_util::tap::{HashAbi, KernelHash, Offloads};
 use parking_lot::Mutex;
 use passthrough::{Passthrough, VfioUserBackend, client_config};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -66,6 +66,14 @@ impl NetBackend for Cable {
 
     fn set_attached(&self, _attached: bool) -> std::io::Result<()> {
         Ok(())
+    }
+
+    fn set_kernel_hash(
+        &self,
+        _abi: HashAbi,
+        _hash: Option<&KernelHash<'_>>,
+    ) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::Unsupported.into())
     }
 }
 

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use libc::iovec;
 use net_util::header::HeaderSize;
-use net_util::tap::{Offloads, TapQueue};
+use net_util::tap::{HashAbi, KernelHash, Offloads, TapQueue};
 
 /// Most buffers of one `readv` or `writev` (`UIO_MAXIOV`, uapi `linux/uio.h`).
 pub(super) const MAX_IOVECS: usize = 1024;
@@ -31,6 +31,13 @@ pub trait NetBackend: AsFd + Send + Sync {
     /// # Errors
     /// The host's.
     fn set_attached(&self, attached: bool) -> io::Result<()>;
+
+    /// Has the interface's kernel hash, steer and report by `abi` as `hash` says, or, without it,
+    /// do so no longer. Set after the size of headers, and while the queues it names are attached.
+    ///
+    /// # Errors
+    /// Why the host does not: hash and steer without it.
+    fn set_kernel_hash(&self, abi: HashAbi, hash: Option<&KernelHash<'_>>) -> io::Result<()>;
 }
 
 impl NetBackend for TapQueue {
@@ -49,6 +56,14 @@ impl NetBackend for TapQueue {
         } else {
             self.detach().map_err(io::Error::other)
         }
+    }
+
+    fn set_kernel_hash(&self, abi: HashAbi, hash: Option<&KernelHash<'_>>) -> io::Result<()> {
+        match hash {
+            Some(hash) => self.set_vnet_hash(abi, hash),
+            None => self.clear_vnet_hash(abi),
+        }
+        .map_err(io::Error::other)
     }
 }
 

@@ -11,6 +11,7 @@ use vm_migration::memory::GuestMemory;
 
 use super::buffers::RxBuffers;
 use super::counters::PairCounters;
+use super::kernel_hash::{Checks, Told, Trust};
 use super::runtime::Hashing;
 use crate::queue::RingError;
 
@@ -42,8 +43,11 @@ pub(super) trait RxHeader: Send + 'static {
     /// Whether a packet may be for another queue than the one it came from.
     const STEERS: bool;
 
-    /// Judges a packet whose frame starts with `head` and came from queue `here`.
-    fn judge(&mut self, head: &[u8], here: u16) -> Judged;
+    /// Judges a packet that starts with `start`, its header included, and came from queue `here`.
+    fn judge(&mut self, start: &[u8], here: u16) -> Judged;
+
+    /// There is no packet in the tap.
+    fn drained(&mut self);
 
     /// Puts `hash` into the header that `packet`, which is not in guest memory, starts with.
     fn put_hash(&self, packet: &mut [u8], hash: PacketHash);
@@ -69,12 +73,15 @@ impl RxHeader for Plain {
     const HASHES: bool = false;
     const STEERS: bool = false;
 
-    fn judge(&mut self, _head: &[u8], here: u16) -> Judged {
+    fn judge(&mut self, _start: &[u8], here: u16) -> Judged {
         Judged {
             queue: here,
             ..Judged::default()
         }
     }
+
+    /// It does not tell packets from before a change of settings from those after.
+    fn drained(&mut self) {}
 
     fn put_hash(&self, _packet: &mut [u8], _hash: PacketHash) {}
 
@@ -97,10 +104,12 @@ pub(super) struct Classifier {
     table: Option<RssConfig>,
     /// Queue pairs in use.
     pairs: u16,
+    /// The tap's kernel reports hashes.
+    kernel: bool,
 }
 
 impl Classifier {
-    pub(super) fn new(hashing: &Hashing, pairs: u16) -> Self {
+    pub(super) fn new(hashing: &Hashing, pairs: u16, kernel: bool) -> Self {
         let table = match hashing {
             Hashing::Automatic(_) => None,
             Hashing::Table(config) => Some(config.clone()),
@@ -109,11 +118,15 @@ impl Classifier {
             hasher: PacketHasher::new(hashing.config()),
             table,
             pairs: pairs.max(1),
+            kernel,
         }
     }
 
-    fn judge(&self, head: &[u8], here: u16) -> Judged {
-        let hash = self.hasher.hash_frame(head);
+    fn hash(&self, frame: &[u8]) -> PacketHash {
+        self.hasher.hash_frame(frame)
+    }
+
+    fn judge(&self, hash: PacketHash, here: u16) -> Judged {
         let queue = match &self.table {
             Some(table) => table.queue_for(hash),
             // The tap chose, but it may have done so when more pairs were in use.
@@ -130,20 +143,24 @@ pub(super) struct ClassifierCell {
     /// Counts the changes, so that a worker need not take the lock for each packet.
     changes: AtomicU64,
     now: Mutex<Arc<Classifier>>,
+    /// Whether the kernel's reports are believed.
+    pub(super) trust: Trust,
 }
 
 impl ClassifierCell {
     pub(super) fn new(hashing: &Hashing, pairs: u16) -> Self {
         Self {
             changes: AtomicU64::new(0),
-            now: Mutex::new(Arc::new(Classifier::new(hashing, pairs))),
+            now: Mutex::new(Arc::new(Classifier::new(hashing, pairs, false))),
+            trust: Trust::default(),
         }
     }
 
-    /// From the next packet that is read on, `hashing` holds, and `pairs` pairs are in use.
-    pub(super) fn set(&self, hashing: &Hashing, pairs: u16) {
+    /// From the next packet that is read on, `hashing` holds, and `pairs` pairs are in use; whether
+    /// the `kernel` reports hashes by it.
+    pub(super) fn set(&self, hashing: &Hashing, pairs: u16, kernel: bool) {
         // The hash's table is made before the lock is taken.
-        let new = Arc::new(Classifier::new(hashing, pairs));
+        let new = Arc::new(Classifier::new(hashing, pairs, kernel));
         *self.now.lock() = new;
         // Release: who sees the count sees the classifier.
         self.changes.fetch_add(1, Ordering::Release);
@@ -157,13 +174,31 @@ pub(super) struct Hashed<const BYTES: usize, const STEERS: bool> {
     cell: Arc<ClassifierCell>,
     seen: u64,
     now: Arc<Classifier>,
+    checks: Checks,
 }
 
 impl<const BYTES: usize, const STEERS: bool> Hashed<BYTES, STEERS> {
     pub(super) fn new(cell: Arc<ClassifierCell>) -> Self {
         let seen = cell.changes.load(Ordering::Acquire);
         let now = Arc::clone(&cell.now.lock());
-        Self { cell, seen, now }
+        Self {
+            cell,
+            seen,
+            now,
+            checks: Checks::new(),
+        }
+    }
+
+    /// Takes up settings that have changed; whether they had.
+    fn refresh(&mut self) -> bool {
+        let changes = self.cell.changes.load(Ordering::Acquire);
+        if changes == self.seen {
+            return false;
+        }
+        self.seen = changes;
+        self.now = Arc::clone(&self.cell.now.lock());
+        self.checks = Checks::new();
+        true
     }
 }
 
@@ -180,13 +215,27 @@ impl<const BYTES: usize, const STEERS: bool> RxHeader for Hashed<BYTES, STEERS> 
     const HASHES: bool = true;
     const STEERS: bool = STEERS;
 
-    fn judge(&mut self, head: &[u8], here: u16) -> Judged {
-        let changes = self.cell.changes.load(Ordering::Acquire);
-        if changes != self.seen {
-            self.seen = changes;
-            self.now = Arc::clone(&self.cell.now.lock());
+    fn judge(&mut self, start: &[u8], here: u16) -> Judged {
+        self.refresh();
+        let (header, frame) = start.split_at_checked(BYTES).unwrap_or_default();
+        let own = || self.now.hash(frame);
+        let told = if self.now.kernel {
+            Told::read(header)
+        } else {
+            None
+        };
+        let hash = match told {
+            Some(told) => self.checks.hash(told, frame, &self.cell.trust, own),
+            None => own(),
+        };
+        self.now.judge(hash, here)
+    }
+
+    fn drained(&mut self) {
+        // If they have just changed, the tap may have been empty before that.
+        if self.now.kernel && !self.refresh() {
+            self.checks.drained();
         }
-        self.now.judge(head, here)
     }
 
     fn put_hash(&self, packet: &mut [u8], hash: PacketHash) {

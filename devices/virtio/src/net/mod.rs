@@ -36,7 +36,9 @@ pub(crate) mod ctrl;
 mod exchange;
 pub mod features;
 mod header;
+mod kernel_hash;
 mod lane;
+mod offload;
 mod pair;
 pub(crate) mod runtime;
 mod rx;
@@ -58,6 +60,7 @@ use zerocopy::little_endian::U16;
 
 pub use backend::NetBackend;
 pub use counters::{NetCounters, NetTotals};
+pub use offload::{HashedBy, KernelHelp, OffloadStatus, QueueSteering, SteeredBy};
 
 use crate::device::{
     Activation, DeviceError, DeviceType, VirtioDevice, feature, read_config_bytes,
@@ -65,6 +68,7 @@ use crate::device::{
 use crate::queue::{MAX_QUEUE_SIZE, Queue};
 use announce::Announcer;
 use exchange::{Batch, Exchange};
+use header::ClassifierCell;
 use runtime::{Runtime, Shared};
 use state::{NetState, STATE_VERSION};
 use workers::Workers;
@@ -128,6 +132,17 @@ pub enum NetError {
         #[source]
         cause: std::io::Error,
     },
+}
+
+/// What the tap's kernel does for a card, to be asked at any time.
+#[derive(Clone, Debug)]
+pub struct OffloadWatch(Arc<ClassifierCell>);
+
+impl OffloadWatch {
+    /// What it does now.
+    pub fn status(&self) -> OffloadStatus {
+        self.0.trust.status()
+    }
 }
 
 /// The network card.
@@ -219,6 +234,19 @@ impl Net {
         })
     }
 
+    /// Has the tap's kernel do what it can of hashing and steering, from the next activation on.
+    #[must_use]
+    pub fn with_kernel_help(self, help: KernelHelp) -> Self {
+        self.shared.set_help(help);
+        self
+    }
+
+    /// Tells what the tap's kernel does for the card, also when the card has been handed to a
+    /// transport.
+    pub fn offload(&self) -> OffloadWatch {
+        OffloadWatch(Arc::clone(&self.shared.classifier))
+    }
+
     /// The card's counters, which stay readable when the card has been handed to a transport.
     pub fn counters(&self) -> Arc<NetCounters> {
         Arc::clone(&self.counters)
@@ -265,6 +293,8 @@ impl Net {
             HeaderSize::V1
         };
         let offloads = runtime.offloads.unwrap_or(features) & features & features::GUEST_OFFLOADS;
+        // A kernel that reports hashes needs the header's room for them.
+        self.shared.decline_help();
         if let Some(first) = self.shared.backends().first() {
             first
                 .set_header(size)
@@ -276,7 +306,7 @@ impl Net {
             }
         }
         self.shared
-            .attach(runtime.pairs)
+            .begin(size == HeaderSize::V1Hash)
             .map_err(host("attaching the queues in use"))
     }
 
@@ -364,6 +394,7 @@ impl VirtioDevice for Net {
         self.workers = None;
         self.announcer = None;
         self.shared.forget_waiting();
+        self.shared.classifier.trust.heal();
         self.shared.replace(Runtime::default());
     }
 

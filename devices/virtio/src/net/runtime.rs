@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use net_util::config::{STATUS_ANNOUNCE, STATUS_LINK_UP};
 use net_util::ctrl::RssConfig;
@@ -15,6 +16,7 @@ use super::backend::NetBackend;
 use super::ctrl::{Command, Refusal, Target};
 use super::exchange::{Batch, Exchange};
 use super::header::ClassifierCell;
+use super::offload::{HashedBy, KernelHelp, Offload, Wish};
 
 /// What is hashed and who chooses the queue; the last command that set either holds.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -91,6 +93,10 @@ pub(super) struct Shared {
     backends: Vec<Arc<dyn NetBackend>>,
     runtime: Mutex<Runtime>,
     pub(super) classifier: Arc<ClassifierCell>,
+    /// The kernel's help, if it is to be asked.
+    offload: Mutex<Option<Offload>>,
+    /// Hashes are reported to the driver that is served.
+    report: AtomicBool,
     /// The way of packets from one pair to another, if RSS is offered.
     pub(super) exchange: Option<Arc<Exchange>>,
     /// While the workers do not run: packets that were read and not delivered, by pair.
@@ -104,6 +110,8 @@ impl Shared {
             backends,
             classifier: Arc::new(ClassifierCell::new(&runtime.hashing, runtime.pairs)),
             runtime: Mutex::new(runtime),
+            offload: Mutex::new(None),
+            report: AtomicBool::new(false),
             exchange,
             waiting: Mutex::default(),
         }
@@ -117,9 +125,53 @@ impl Shared {
         self.runtime.lock().clone()
     }
 
+    /// Has the kernel help from the next activation on.
+    pub(super) fn set_help(&self, help: KernelHelp) {
+        self.classifier.trust.tell(help.on_mistrust);
+        *self.offload.lock() = Some(Offload::new(help.abi, help.steering));
+    }
+
+    /// Tells the kernel that it is not to help.
+    pub(super) fn decline_help(&self) {
+        if let (Some(offload), Some(first)) = (self.offload.lock().as_mut(), self.backends.first())
+        {
+            offload.clear(first.as_ref());
+        }
+    }
+
+    /// A driver is served from now on, and hashes are reported to it if `report`: attaches the
+    /// queues in use and has the kernel help.
+    pub(super) fn begin(&self, report: bool) -> io::Result<()> {
+        self.report.store(report, Ordering::Relaxed);
+        let Runtime { pairs, hashing, .. } = self.runtime();
+        self.attach(pairs)?;
+        let kernel = self.ask_for_help(&hashing, pairs);
+        self.classifier.set(&hashing, pairs, kernel);
+        Ok(())
+    }
+
+    /// Has the kernel do what it can; whether it reports hashes.
+    fn ask_for_help(&self, hashing: &Hashing, pairs: u16) -> bool {
+        let mut offload = self.offload.lock();
+        let (Some(offload), Some(first)) = (offload.as_mut(), self.backends.first()) else {
+            return false;
+        };
+        let trust = &self.classifier.trust;
+        let wish = Wish {
+            hashing,
+            pairs,
+            report: self.report.load(Ordering::Relaxed),
+            trusted: trust.is_whole(),
+        };
+        let status = offload.apply(first.as_ref(), wish);
+        let kernel = status.hashes == HashedBy::Kernel;
+        trust.set_status(status);
+        kernel
+    }
+
     /// Replaces all settings at once; the host is told at the next activation.
     pub(super) fn replace(&self, runtime: Runtime) {
-        self.classifier.set(&runtime.hashing, runtime.pairs);
+        self.classifier.set(&runtime.hashing, runtime.pairs, false);
         *self.runtime.lock() = runtime;
     }
 
@@ -172,9 +224,10 @@ impl Shared {
         self.publish(Hashing::Automatic(config), pairs);
     }
 
-    /// From now on `hashing` holds and `pairs` are in use.
+    /// From now on `hashing` holds and `pairs`, all of which are attached, are in use.
     fn publish(&self, hashing: Hashing, pairs: u16) {
-        self.classifier.set(&hashing, pairs);
+        let kernel = self.ask_for_help(&hashing, pairs);
+        self.classifier.set(&hashing, pairs, kernel);
         let mut runtime = self.runtime.lock();
         runtime.hashing = hashing;
         runtime.pairs = pairs;

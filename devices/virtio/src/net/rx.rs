@@ -30,6 +30,8 @@ use crate::queue::{Queue, RingError};
 const MAX_FRAME: usize = (64 << 10) + 32;
 /// Most bytes of a packet with its header.
 pub(super) const MAX_PACKET: usize = HeaderSize::MAX_BYTES + MAX_FRAME;
+/// Most bytes at the start of a packet that decide on its hash and queue.
+const START_BYTES: usize = HeaderSize::MAX_BYTES + HEAD_BYTES;
 
 /// Packets received before the worker looks for other work.
 const BURST: usize = 64;
@@ -247,6 +249,7 @@ impl<H: RxHeader> Receiver<H> {
         self.served_arrival = false;
         let Some(len) = got else {
             self.readable = false;
+            self.header.drained();
             return Ok(());
         };
         let room = self.buffers.bytes();
@@ -312,15 +315,14 @@ impl<H: RxHeader> Receiver<H> {
             counters.receive_dropped();
             return true;
         }
-        let frame = self.overflow.get(H::BYTES..len).unwrap_or_default();
-        let head = frame.get(..HEAD_BYTES).unwrap_or(frame);
-        let judged = self.header.judge(head, here);
+        let start = self.overflow.get(..len.min(START_BYTES));
+        let judged = self.header.judge(start.unwrap_or_default(), here);
         let read = Read { len, in_buffers: 0 };
         // Without guest memory nothing can fail.
         self.hand_over(None, read, judged, counters).is_ok()
     }
 
-    /// Looks at the start of the frame.
+    /// Looks at the start of a packet.
     ///
     /// It is read back from guest memory, which the guest may change under us: all it gets from
     /// that is a wrong hash, or a packet in another of its queues. The copy is looked at, never
@@ -330,29 +332,25 @@ impl<H: RxHeader> Receiver<H> {
         if !H::HASHES {
             return Ok(self.header.judge(&[], here));
         }
-        let mut head = [0; HEAD_BYTES];
-        let len = (read.len - H::BYTES).min(HEAD_BYTES);
-        let head = head.get_mut(..len).unwrap_or_default();
-        self.copy_out(Some(memory), read, H::BYTES, head)?;
-        Ok(self.header.judge(head, here))
+        let mut start = [0; START_BYTES];
+        let len = read.len.min(H::BYTES + HEAD_BYTES);
+        let start = start.get_mut(..len).unwrap_or_default();
+        self.copy_out(Some(memory), read, start)?;
+        Ok(self.header.judge(start, here))
     }
 
-    /// Copies what is at `offset` of a packet to `data`, which does not reach beyond its end.
+    /// Copies the start of a packet to `data`, which is no longer than it.
     fn copy_out(
         &self,
         memory: Option<&GuestMemory>,
         read: Read,
-        offset: usize,
         data: &mut [u8],
     ) -> Result<(), RingError> {
-        let first = read.in_buffers.saturating_sub(offset).min(data.len());
-        let (in_buffers, in_overflow) = data.split_at_mut(first);
+        let (in_buffers, in_overflow) = data.split_at_mut(read.in_buffers.min(data.len()));
         if let Some(memory) = memory.filter(|_| !in_buffers.is_empty()) {
-            self.buffers.read_at(memory, offset, in_buffers)?;
+            self.buffers.read_at(memory, 0, in_buffers)?;
         }
-        let at = (offset + first).saturating_sub(read.in_buffers);
-        let rest = self.overflow.get(at..).unwrap_or_default();
-        for (to, from) in in_overflow.iter_mut().zip(rest) {
+        for (to, from) in in_overflow.iter_mut().zip(&self.overflow) {
             *to = *from;
         }
         Ok(())
@@ -379,7 +377,7 @@ impl<H: RxHeader> Receiver<H> {
         judged: Judged,
     ) -> Result<(), RingError> {
         batch.push(read.len, |packet| {
-            self.copy_out(memory, read, 0, packet)?;
+            self.copy_out(memory, read, packet)?;
             self.header.put_hash(packet, judged.hash);
             Ok(())
         })

@@ -91,7 +91,7 @@ fn queue_pairs_are_switched() {
     let host = Host::new(2);
     let features = features::CTRL_VQ | features::MQ | features::MRG_RXBUF;
     let mut card = host.card(features, &[16, 16, 16, 16, 16]);
-    let last = |host: &Host| *host.calls.lock().last().unwrap();
+    let last = |host: &Host| host.calls.lock().last().unwrap().clone();
     assert_eq!(last(&host), Call::Attach(1, false), "one pair after reset");
     let set = |pairs: u16| [&[4, 0][..], &pairs.to_le_bytes()].concat();
     assert_eq!(card.command(4, &set(0), &[]), 1);
@@ -130,7 +130,7 @@ fn offloads_follow_negotiation_and_command() {
         | features::GUEST_CSUM
         | features::GUEST_TSO4;
     let mut card = host.card(features, &[16, 16, 16]);
-    let last = |host: &Host| *host.calls.lock().last().unwrap();
+    let last = |host: &Host| host.calls.lock().last().unwrap().clone();
     assert_eq!(last(&host), Call::Offloads(3));
     let set = |bits: u64| [&[5, 0][..], &bits.to_le_bytes()].concat();
     assert_eq!(card.command(2, &set(features::GUEST_CSUM), &[]), 0);

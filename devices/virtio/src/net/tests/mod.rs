@@ -2,6 +2,7 @@
 
 mod control;
 mod hostile;
+mod kernel;
 mod migration;
 mod packets;
 mod rounds;
@@ -14,7 +15,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use net_util::header::HeaderSize;
-use net_util::tap::Offloads;
+use net_util::tap::{HashAbi, KernelHash, Offloads};
 use parking_lot::Mutex;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use vm_memory::{Bytes, GuestAddress};
@@ -31,11 +32,19 @@ const BUFFERS: u64 = 0x80_0000;
 const STRIDE: u64 = 0x2000;
 
 /// What the device asked of the backend.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 enum Call {
     Header(HeaderSize),
     Offloads(u32),
     Attach(usize, bool),
+    /// The kernel is to hash: report, types, first byte of the key, table, other queue, queues.
+    Hash(bool, u32, u8, Vec<u16>, u16, u16),
+    /// It is no longer to.
+    NoHash,
+    /// The program is to steer by this table.
+    Program(Vec<u16>),
+    /// It is no longer to.
+    NoProgram,
 }
 
 /// One end of a socket pair that keeps message boundaries, like a tap.
@@ -64,6 +73,26 @@ impl NetBackend for Fake {
 
     fn set_attached(&self, attached: bool) -> io::Result<()> {
         self.calls.lock().push(Call::Attach(self.index, attached));
+        Ok(())
+    }
+
+    fn set_kernel_hash(&self, abi: HashAbi, hash: Option<&KernelHash<'_>>) -> io::Result<()> {
+        let Some(hash) = hash else {
+            self.calls.lock().push(Call::NoHash);
+            return Ok(());
+        };
+        if !hash.types.is_subset_of(abi.types()) {
+            return Err(io::Error::other("types of hashes that this kernel has not"));
+        }
+        let rss = hash.rss.unwrap();
+        self.calls.lock().push(Call::Hash(
+            hash.report,
+            hash.types.bits(),
+            hash.key.as_bytes()[0],
+            rss.table.to_vec(),
+            rss.unclassified,
+            hash.queues,
+        ));
         Ok(())
     }
 }
@@ -122,19 +151,7 @@ impl Host {
 
     /// A card with its driver, up and running with `features`.
     fn card(&self, features: u64, sizes: &[u16]) -> Card {
-        let memory = memory();
-        let fabric = Arc::default();
-        let net = self.net();
-        let counters = net.counters();
-        let device = pci_device(net, &memory, &fabric);
-        let mut driver = Driver::new(device, &memory);
-        let rings = driver.bring_up(features, sizes);
-        Card {
-            driver,
-            rings,
-            fabric,
-            counters,
-        }
+        card_of(self.net(), features, sizes)
     }
 
     fn send(&self, packet: &[u8]) {
@@ -147,6 +164,22 @@ impl Host {
         let len = (&self.peers[0]).read(&mut packet).ok()?;
         packet.truncate(len);
         Some(packet)
+    }
+}
+
+/// The card `net` with its driver, up and running with `features`.
+fn card_of(net: Net, features: u64, sizes: &[u16]) -> Card {
+    let memory = memory();
+    let fabric = Arc::default();
+    let counters = net.counters();
+    let device = pci_device(net, &memory, &fabric);
+    let mut driver = Driver::new(device, &memory);
+    let rings = driver.bring_up(features, sizes);
+    Card {
+        driver,
+        rings,
+        fabric,
+        counters,
     }
 }
 

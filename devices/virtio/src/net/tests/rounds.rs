@@ -202,6 +202,10 @@ impl NetBackend for Gate {
     fn set_attached(&self, _attached: bool) -> io::Result<()> {
         Ok(())
     }
+
+    fn set_kernel_hash(&self, _abi: HashAbi, _hash: Option<&KernelHash<'_>>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 #[test]

@@ -65,21 +65,6 @@ fn marked(mut frame: Vec<u8>, mark: u8) -> Vec<u8> {
     frame
 }
 
-fn card(net: Net, features: u64, sizes: &[u16]) -> Card {
-    let memory = memory();
-    let fabric = Arc::default();
-    let counters = net.counters();
-    let device = pci_device(net, &memory, &fabric);
-    let mut driver = Driver::new(device, &memory);
-    let rings = driver.bring_up(features, sizes);
-    Card {
-        driver,
-        rings,
-        fabric,
-        counters,
-    }
-}
-
 /// Waits for the received packet with `mark`, past others the host sends by itself; the buffer.
 fn received(card: &mut Card, next: &mut u64, header: usize, mark: u8) -> u64 {
     loop {
@@ -117,7 +102,7 @@ fn frames_pass_both_ways_with_and_without_hash() {
     let other = || Net::new(options(), shared.clone()).unwrap();
     let common = features::CTRL_VQ | features::MRG_RXBUF | feature::RING_EVENT_IDX;
     for (features, header) in [(common, 12), (common | features::HASH_REPORT, 20)] {
-        let mut card = card(other(), features, &[256, 256, 16]);
+        let mut card = card_of(other(), features, &[256, 256, 16]);
         for index in 0..100 {
             card.post(index, 1526);
         }
@@ -175,7 +160,7 @@ fn queues_are_detached_and_attached_again() {
     let socket = packet_socket("ferryvt1");
     let net = Net::new(options(), backends(tap)).unwrap();
     let features = features::CTRL_VQ | features::MQ | features::MRG_RXBUF;
-    let mut card = card(net, features, &[64, 64, 64, 64, 16]);
+    let mut card = card_of(net, features, &[64, 64, 64, 64, 16]);
     for index in 0..32 {
         card.rings[2].add(&[], &[(BUFFERS + 0x10_0000 + index * STRIDE, 1526)]);
         card.post(index, 1526);

@@ -20,9 +20,9 @@ const RSS: u64 = features::CTRL_VQ
     | features::GUEST_ANNOUNCE
     | feature::RING_EVENT_IDX
     | feature::RING_INDIRECT_DESC;
-const MQ: u64 = RSS | features::MQ;
+pub(super) const MQ: u64 = RSS | features::MQ;
 /// UDP over IPv4 by ports, IPv4 else.
-const TYPES: u32 = 0b101;
+pub(super) const TYPES: u32 = 0b101;
 /// Bytes of a receive buffer.
 const LEN: u32 = 2048;
 
@@ -47,7 +47,7 @@ fn pairs_set(pairs: u16) -> Vec<u8> {
 }
 
 /// A UDP datagram over IPv4 of a flow, with a number.
-fn datagram(flow: u16, number: u32, len: usize) -> Vec<u8> {
+pub(super) fn datagram(flow: u16, number: u32, len: usize) -> Vec<u8> {
     let mut frame = vec![0; 14 + 20 + 8];
     frame[12..14].copy_from_slice(&[8, 0]);
     frame[14] = 0x45;
@@ -63,7 +63,7 @@ fn datagram(flow: u16, number: u32, len: usize) -> Vec<u8> {
 }
 
 /// The hash of the datagrams of a flow, by the definition.
-fn hash_of(flow: u16) -> u32 {
+pub(super) fn hash_of(flow: u16) -> u32 {
     let [high, low] = flow.to_be_bytes();
     let input = [10, 0, 0, 1, 10, 0, 0, 2, high, low, 0x0f, 0xa0];
     hash_bitwise(&HashKey::from(KEY), &input)
@@ -75,7 +75,7 @@ fn queue_of(flow: u16, table: &[u16]) -> u16 {
 }
 
 /// A flow that goes to `queue`.
-fn flow_to(queue: u16, table: &[u16]) -> u16 {
+pub(super) fn flow_to(queue: u16, table: &[u16]) -> u16 {
     (0..1000)
         .find(|flow| queue_of(*flow, table) == queue)
         .unwrap()
@@ -83,16 +83,16 @@ fn flow_to(queue: u16, table: &[u16]) -> u16 {
 
 /// What a packet says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Seen {
-    flow: u16,
-    number: u32,
-    hash: u32,
-    report: u16,
+pub(super) struct Seen {
+    pub(super) flow: u16,
+    pub(super) number: u32,
+    pub(super) hash: u32,
+    pub(super) report: u16,
 }
 
 /// A card of several pairs, and a driver that keeps its receive queues filled.
-struct Guest {
-    card: Card,
+pub(super) struct Guest {
+    pub(super) card: Card,
     pairs: u16,
     header: usize,
     /// The buffer behind each descriptor.
@@ -101,11 +101,14 @@ struct Guest {
 
 impl Guest {
     fn new(host: &Host, features: u64) -> Self {
+        Self::of(host, host.net(), features)
+    }
+
+    /// One with the card `net` on the host's ends.
+    pub(super) fn of(host: &Host, net: Net, features: u64) -> Self {
         let pairs = u16::try_from(host.ends.len()).unwrap();
-        let mut sizes = vec![64; host.ends.len() * 2];
-        sizes.push(16);
         Self {
-            card: host.card(features, &sizes),
+            card: card_of(net, features, &Self::sizes(pairs)),
             pairs,
             header: if features & features::HASH_REPORT != 0 {
                 20
@@ -116,7 +119,21 @@ impl Guest {
         }
     }
 
-    fn command(&mut self, command: &[u8]) -> u8 {
+    fn sizes(pairs: u16) -> Vec<u16> {
+        let mut sizes = vec![64; usize::from(pairs) * 2];
+        sizes.push(16);
+        sizes
+    }
+
+    /// The driver starts again, after a reset.
+    pub(super) fn bring_up(&mut self, features: u64) {
+        self.card.rings = self
+            .card
+            .driver
+            .bring_up(features, &Self::sizes(self.pairs));
+    }
+
+    pub(super) fn command(&mut self, command: &[u8]) -> u8 {
         // As Linux cuts it, and anywhere.
         let pieces = [2, 8.min(command.len().saturating_sub(3)), 5];
         self.card.command(self.pairs * 2, command, &pieces)
@@ -139,7 +156,7 @@ impl Guest {
         }
     }
 
-    fn post_all(&mut self, count: u64) {
+    pub(super) fn post_all(&mut self, count: u64) {
         (0..self.pairs).for_each(|pair| self.post(pair, count));
     }
 
@@ -151,7 +168,7 @@ impl Guest {
     }
 
     /// The same once it is there.
-    fn wait_packet(&mut self, pair: u16) -> Vec<u8> {
+    pub(super) fn wait_packet(&mut self, pair: u16) -> Vec<u8> {
         let mut packet = None;
         wait_for("packet", || {
             packet = self.packet(pair);
@@ -160,7 +177,7 @@ impl Guest {
         packet.unwrap()
     }
 
-    fn read(&self, packet: &[u8]) -> Seen {
+    pub(super) fn read(&self, packet: &[u8]) -> Seen {
         assert_eq!(packet[10..12], [1, 0], "one buffer");
         let frame = &packet[self.header..];
         let (hash, report) = if self.header == 20 {
@@ -192,7 +209,7 @@ impl Guest {
     }
 }
 
-fn rss_host(pairs: usize) -> Host {
+pub(super) fn rss_host(pairs: usize) -> Host {
     let mut host = Host::new(pairs);
     host.options.rss = true;
     host

@@ -12,7 +12,7 @@ fn packets_reach_the_queue_the_table_names_from_any_queue_of_the_tap() {
         let header = guest.header;
         let table = [3, 1, 0, 2, 2, 0, 1, 3];
         assert_eq!(guest.command(&rss_config(TYPES, &table, 2, 4)), 0);
-        let attached: Vec<_> = host.calls.lock().iter().rev().take(3).copied().collect();
+        let attached: Vec<_> = host.calls.lock().iter().rev().take(3).cloned().collect();
         assert_eq!(attached, [3, 2, 1].map(|pair| Call::Attach(pair, true)));
         guest.post_all(32);
         for (number, flow) in (0..48).zip(100_u16..) {
