@@ -1,7 +1,7 @@
 //! The bus: which device is in which slot, and where its BARs are mapped now.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 
@@ -82,6 +82,23 @@ struct Slot {
     device: SharedDevice,
     /// Held for the whole of a configuration write, so that mappings follow in the same order.
     mapped: Mutex<Vec<BarInfo>>,
+    /// The guest finds nothing here. Never taken back; set with `mapped` held, so that no write
+    /// which is under way maps a BAR after that.
+    hidden: AtomicBool,
+}
+
+impl Slot {
+    fn new(device: SharedDevice) -> Arc<Self> {
+        Arc::new(Self {
+            device,
+            mapped: Mutex::default(),
+            hidden: AtomicBool::new(false),
+        })
+    }
+
+    fn is_hidden(&self) -> bool {
+        self.hidden.load(Ordering::Relaxed)
+    }
 }
 
 /// Bus 0 of the machine, with its host bridge in slot 0. Each device is function 0 of its slot.
@@ -97,11 +114,7 @@ impl PciBus {
     /// A bus with nothing but its host bridge. BARs are mapped by `mapper`.
     pub fn new(mapper: Arc<dyn BarMapper>) -> Arc<Self> {
         let bridge = Arc::new(Mutex::new(HostBridge::new()));
-        let first = Slot {
-            device: bridge.clone(),
-            mapped: Mutex::default(),
-        };
-        let mut slots = vec![Some(Arc::new(first))];
+        let mut slots = vec![Some(Slot::new(bridge.clone()))];
         slots.resize_with(usize::from(SLOTS), || None);
         Arc::new(Self {
             slots: RwLock::new(slots),
@@ -133,10 +146,7 @@ impl PciBus {
         if let Some(slot) = self.slot_of(&id) {
             return Err(PciBusError::Duplicate { id, slot });
         }
-        let entry = Arc::new(Slot {
-            device,
-            mapped: Mutex::default(),
-        });
+        let entry = Slot::new(device);
         let slot = {
             let mut slots = self.slots.write();
             let mut free = (0..SLOTS).zip(slots.iter_mut()).filter(|(number, held)| {
@@ -161,10 +171,22 @@ impl PciBus {
             return None;
         }
         let entry = self.slots.write().get_mut(usize::from(slot))?.take()?;
-        for bar in entry.mapped.lock().drain(..) {
-            self.mapper.unmap(&entry.device, &bar);
-        }
+        self.conceal(&entry);
         Some(Arc::clone(&entry.device))
+    }
+
+    /// From now on the guest finds nothing in `slot`, as if the device were gone; it is still
+    /// there for the VMM, and in the bus's state. The host bridge stays.
+    pub fn hide(&self, slot: u8) {
+        if let Some(entry) = self.slot(slot).filter(|_| slot != 0) {
+            self.conceal(&entry);
+        }
+    }
+
+    fn conceal(&self, entry: &Slot) {
+        let mut mapped = entry.mapped.lock();
+        entry.hidden.store(true, Ordering::Relaxed);
+        self.reconcile(entry, &mut mapped);
     }
 
     /// The device in `slot`.
@@ -192,7 +214,7 @@ impl PciBus {
     /// Serves a configuration read of at most a dword, within one dword. Absent devices read as
     /// all ones.
     pub fn read_config(&self, slot: u8, offset: u16, data: &mut [u8]) {
-        match self.slot(slot) {
+        match self.slot(slot).filter(|entry| !entry.is_hidden()) {
             Some(entry) => entry.device.lock().read_config(offset, data),
             None => data.fill(0xff),
         }
@@ -205,6 +227,9 @@ impl PciBus {
             return;
         };
         let mut mapped = entry.mapped.lock();
+        if entry.is_hidden() {
+            return;
+        }
         entry.device.lock().write_config(offset, data);
         self.reconcile(&entry, &mut mapped);
     }
@@ -282,7 +307,10 @@ impl PciBus {
     /// Unmaps what is no longer decoded where it was, then maps what is new. What cannot be
     /// mapped (a guest may program any address) stays unmapped until it moves again.
     fn reconcile(&self, entry: &Slot, mapped: &mut Vec<BarInfo>) {
-        let wanted = decoded(&entry.device);
+        let wanted = match entry.is_hidden() {
+            true => Vec::new(),
+            false => decoded(&entry.device),
+        };
         mapped.retain(|bar| {
             let stays = wanted.contains(bar);
             if !stays {
@@ -318,4 +346,4 @@ fn decoded(device: &SharedDevice) -> Vec<BarInfo> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

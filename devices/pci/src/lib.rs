@@ -11,8 +11,10 @@
 //! * When the guest moves a BAR or switches decoding on or off, the bus tells its [`BarMapper`].
 //!   [`BusBarMapper`] is the usual one: it puts the BAR on a [`devices::Bus`] and has a
 //!   [`DoorbellBinder`] bind the device's doorbells to eventfds in the kernel.
+//! * Devices come and go while the guest runs: [`HotPlug`] tells the guest and takes its ejects.
 //!
 //! # Lock order
+//! 0. that of [`HotPlug`],
 //! 1. the slot's mapping lock (private to the bus; one configuration write per device at a time),
 //! 2. the device's mutex,
 //! 3. the locks inside the mapper and the address space.
@@ -26,6 +28,7 @@ pub mod bus;
 pub mod config;
 pub mod device;
 pub mod host_bridge;
+pub mod hotplug;
 pub mod mapper;
 pub mod msi;
 pub mod msix;
@@ -35,6 +38,7 @@ pub use bus::{PciBus, PciBusError, PciBusState, SLOTS};
 pub use config::{BarError, Capability, ConfigError, ConfigSpace, ConfigState, Identity};
 pub use device::{BarInfo, BarKind, Doorbell, PciDevice};
 pub use host_bridge::HostBridge;
+pub use hotplug::{HotPlug, HotPlugError, HotPlugState};
 pub use mapper::{BarMapper, BusBarMapper, DoorbellBinder, DoorbellSpace, MapError};
 pub use msi::{Msi, MsiRegisters};
 pub use msix::{Msix, MsixError, MsixState};

@@ -11,10 +11,10 @@ use crate::mapper::{BusBarMapper, DoorbellBinder, DoorbellSpace};
 use crate::windows::{ConfigPorts, EcamWindow};
 
 const LOW: u64 = 0xc000_0000;
-const HIGH: u64 = 0x10_0000_0000;
+pub(crate) const HIGH: u64 = 0x10_0000_0000;
 
 /// 64-bit BAR 0 (4 KiB, doorbell at 0x100), 32-bit BAR 2 (256 B), port BAR 3 (16).
-struct Card {
+pub(crate) struct Card {
     id: String,
     config: ConfigSpace,
     eventfd: EventFd,
@@ -22,7 +22,7 @@ struct Card {
 }
 
 impl Card {
-    fn shared(id: &str) -> Arc<Mutex<Self>> {
+    pub(crate) fn shared(id: &str) -> Arc<Mutex<Self>> {
         let mut config = ConfigSpace::new(&Identity {
             vendor: 0x1af4,
             device: 0x1041,
@@ -86,7 +86,7 @@ impl PciDevice for Card {
 
 /// Remembers what is bound.
 #[derive(Default)]
-struct Binder(Mutex<Vec<(DoorbellSpace, u64)>>);
+pub(crate) struct Binder(pub(crate) Mutex<Vec<(DoorbellSpace, u64)>>);
 
 impl DoorbellBinder for Binder {
     fn bind(
@@ -111,16 +111,16 @@ impl DoorbellBinder for Binder {
     }
 }
 
-struct Machine {
-    memory: Arc<Bus>,
+pub(crate) struct Machine {
+    pub(crate) memory: Arc<Bus>,
     ports: Arc<Bus>,
-    binder: Arc<Binder>,
-    pci: Arc<PciBus>,
-    ecam: EcamWindow,
+    pub(crate) binder: Arc<Binder>,
+    pub(crate) pci: Arc<PciBus>,
+    pub(crate) ecam: EcamWindow,
     config: ConfigPorts,
 }
 
-fn machine() -> Machine {
+pub(crate) fn machine() -> Machine {
     let (memory, ports) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
     let binder = Arc::new(Binder::default());
     let mapper = BusBarMapper::new(
@@ -141,17 +141,17 @@ fn machine() -> Machine {
     }
 }
 
-fn ecam(slot: u64, offset: u64) -> u64 {
+pub(crate) fn ecam(slot: u64, offset: u64) -> u64 {
     (slot << 15) + offset
 }
 
-fn byte(bus: &Bus, address: u64) -> u8 {
+pub(crate) fn byte(bus: &Bus, address: u64) -> u8 {
     let mut data = [0];
     bus.read(address, &mut data);
     data[0]
 }
 
-fn word(device: &impl BusDevice, offset: u64) -> u32 {
+pub(crate) fn word(device: &impl BusDevice, offset: u64) -> u32 {
     let mut data = [0; 4];
     device.read(offset, &mut data);
     u32::from_le_bytes(data)
@@ -249,6 +249,31 @@ fn devices_come_and_go() {
     assert!(m.binder.0.lock().is_empty());
     assert!(m.pci.remove(0).is_none(), "the bridge stays");
     assert!(m.pci.remove(5).is_none());
+}
+
+#[test]
+fn a_hidden_device_is_gone_for_the_guest_only() {
+    let m = machine();
+    m.pci.add_at(5, Card::shared("a")).unwrap();
+    m.ecam.write(ecam(5, 0x10), &HIGH.to_le_bytes());
+    m.ecam.write(ecam(5, 4), &2_u16.to_le_bytes());
+    let before = m.pci.save();
+    m.pci.hide(5);
+    m.pci.hide(0);
+    m.pci.hide(6);
+    assert_eq!(word(&m.ecam, ecam(5, 0)), u32::MAX);
+    assert_eq!(word(&m.ecam, ecam(0, 0)), 0x0008_1b36, "the bridge stays");
+    assert_eq!(byte(&m.memory, HIGH), 0xff);
+    assert!(m.binder.0.lock().is_empty());
+    // Nothing that the guest or a restore does brings it back.
+    m.ecam.write(ecam(5, 4), &2_u16.to_le_bytes());
+    m.pci.refresh(5);
+    assert_eq!(byte(&m.memory, HIGH), 0xff);
+    assert_eq!(m.pci.save(), before, "its state moves");
+    assert_eq!(m.pci.device(5).unwrap().lock().id(), "a");
+    m.pci.remove(5).unwrap();
+    m.pci.add_at(5, Card::shared("b")).unwrap();
+    assert_eq!(word(&m.ecam, ecam(5, 0)), 0x1041_1af4);
 }
 
 #[test]
