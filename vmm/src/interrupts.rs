@@ -1,7 +1,7 @@
 //! Interrupts of devices over the hypervisor: MSI-X vectors and ISA lines, each an eventfd bound
 //! to a global interrupt number (GSI) in the kernel.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 
@@ -33,7 +33,8 @@ pub struct InterruptManager {
 struct Table {
     /// Routed vectors.
     messages: BTreeMap<u32, MsiMessage>,
-    next_gsi: u32,
+    /// Numbers of vectors that exist, routed or not.
+    taken: BTreeSet<u32>,
 }
 
 impl InterruptManager {
@@ -46,7 +47,7 @@ impl InterruptManager {
             vm,
             table: Mutex::new(Table {
                 messages: BTreeMap::new(),
-                next_gsi: layout::FIRST_MSI_GSI,
+                taken: BTreeSet::new(),
             }),
         });
         manager.commit(&manager.table.lock())?;
@@ -107,37 +108,71 @@ pub struct Fabric(pub Arc<InterruptManager>);
 
 impl MsiFabric for Fabric {
     fn allocate(&self, count: u16) -> Result<Vec<Arc<dyn MsiLine>>, InterruptError> {
-        let mut table = self.0.table.lock();
-        let first = table.next_gsi;
-        let free = MAX_GSI.saturating_sub(first);
-        if u32::from(count) > free {
-            let free = u16::try_from(free).unwrap_or(u16::MAX);
-            return Err(InterruptError::Exhausted {
-                wanted: count,
-                free,
-            });
-        }
-        let mut lines: Vec<Arc<dyn MsiLine>> = Vec::with_capacity(usize::from(count));
-        for gsi in first..first + u32::from(count) {
-            lines.push(Arc::new(Vector {
-                manager: Arc::clone(&self.0),
-                gsi,
+        let wanted = usize::from(count);
+        let numbers: Vec<u32> = {
+            let mut table = self.0.table.lock();
+            let all = layout::FIRST_MSI_GSI..MAX_GSI;
+            let free = all.filter(|gsi| !table.taken.contains(gsi));
+            let numbers: Vec<u32> = free.take(wanted).collect();
+            if numbers.len() < wanted {
+                let free = u16::try_from(numbers.len()).unwrap_or(u16::MAX);
+                return Err(InterruptError::Exhausted {
+                    wanted: count,
+                    free,
+                });
+            }
+            table.taken.extend(&numbers);
+            numbers
+        };
+        // Before anything can fail, so that they are given back then. Not under the table's lock.
+        let numbers: Vec<_> = numbers.into_iter().map(|gsi| self.number(gsi)).collect();
+        let vector = |number| -> Result<Arc<dyn MsiLine>, InterruptError> {
+            Ok(Arc::new(Vector {
                 event: new_event()?,
                 route: Mutex::new(None),
-            }));
+                number,
+            }))
+        };
+        numbers.into_iter().map(vector).collect()
+    }
+}
+
+impl Fabric {
+    fn number(&self, gsi: u32) -> TakenNumber {
+        TakenNumber {
+            manager: Arc::clone(&self.0),
+            gsi,
         }
-        table.next_gsi = first + u32::from(count);
-        Ok(lines)
     }
 }
 
 /// One vector: its eventfd is bound in the kernel while it has a route; while it has none the
 /// eventfd's count is the pending bit, which the kernel delivers when it is bound again.
 struct Vector {
-    manager: Arc<InterruptManager>,
-    gsi: u32,
     event: EventFd,
     route: Mutex<Option<MsiMessage>>,
+    /// Given back when nothing is bound to it any more.
+    number: TakenNumber,
+}
+
+impl Drop for Vector {
+    fn drop(&mut self) {
+        if let Err(error) = self.route(None) {
+            tracing::error!(%error, gsi = self.number.gsi, "a vector stays bound");
+        }
+    }
+}
+
+/// An interrupt number, which is given back when this is dropped.
+struct TakenNumber {
+    manager: Arc<InterruptManager>,
+    gsi: u32,
+}
+
+impl Drop for TakenNumber {
+    fn drop(&mut self) {
+        self.manager.table.lock().taken.remove(&self.gsi);
+    }
 }
 
 impl MsiLine for Vector {
@@ -155,12 +190,12 @@ impl MsiLine for Vector {
             return Ok(());
         }
         let was_bound = route.is_some();
-        self.manager
-            .set_message(self.gsi, message, |vm| match (was_bound, message) {
-                (false, Some(_)) => vm.register_irqfd(&self.event, self.gsi),
-                (true, None) => vm.unregister_irqfd(&self.event, self.gsi),
-                (true, Some(_)) | (false, None) => Ok(()),
-            })?;
+        let TakenNumber { manager, gsi } = &self.number;
+        manager.set_message(*gsi, message, |vm| match (was_bound, message) {
+            (false, Some(_)) => vm.register_irqfd(&self.event, *gsi),
+            (true, None) => vm.unregister_irqfd(&self.event, *gsi),
+            (true, Some(_)) | (false, None) => Ok(()),
+        })?;
         *route = message;
         Ok(())
     }
@@ -203,5 +238,51 @@ fn signal(event: &EventFd) -> Result<(), InterruptError> {
             cause,
         }),
         Ok(()) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use hypervisor::{Hypervisor, KvmHypervisor, VmOptions};
+
+    use super::*;
+
+    #[test]
+    fn numbers_of_vectors_that_are_gone_are_given_again() {
+        if !Path::new("/dev/kvm").exists() {
+            println!("SKIP: numbers_of_vectors_that_are_gone: there is no /dev/kvm");
+            return;
+        }
+        let kvm = KvmHypervisor::open().unwrap();
+        let vm = kvm.create_vm(&VmOptions::default()).unwrap();
+        let manager = InterruptManager::new(vm).unwrap();
+        let fabric = Fabric(Arc::clone(&manager));
+        let message = MsiMessage {
+            address: 0xfee0_0000,
+            data: 0x31,
+        };
+        let stays = fabric.allocate(3).unwrap();
+        for line in &stays {
+            line.route(Some(message)).unwrap();
+        }
+        // More devices come and go than there are numbers.
+        for _ in 0..100 {
+            let lines = fabric.allocate(1000).unwrap();
+            lines[0].route(Some(message)).unwrap();
+            lines[999].route(Some(message)).unwrap();
+            assert_eq!(manager.table.lock().messages.len(), 5);
+        }
+        let table = manager.table.lock();
+        let numbers: Vec<u32> = table.taken.iter().copied().collect();
+        assert_eq!(numbers, [24, 25, 26]);
+        assert_eq!(table.messages.len(), 3, "routes of those that stay");
+        drop(table);
+        let refused = fabric.allocate(4096);
+        assert!(matches!(
+            refused.map(|_| ()),
+            Err(InterruptError::Exhausted { free: 4069, .. })
+        ));
     }
 }
