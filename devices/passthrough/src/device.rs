@@ -223,9 +223,9 @@ impl Passthrough {
             false => Err(StateError::Unsupported {
                 id: inner.id.clone(),
                 operation: "logging the pages the device writes",
-                remedy: "unplug the device before the migration; or consent with dirty=all (a \
-                         device of this host) to all memory being copied while the guest stands \
-                         still"
+                remedy: "unplug the device before the migration (vm.remove-device); or consent \
+                         with dirty=all (a device of this host) to all memory being copied while \
+                         the guest stands still"
                     .to_owned(),
             }),
         }
@@ -284,7 +284,7 @@ impl Inner {
             .ok_or_else(|| StateError::Unsupported {
                 id: self.id.clone(),
                 operation: "migration",
-                remedy: "unplug the device before the migration".to_owned(),
+                remedy: "unplug the device before the migration (vm.remove-device)".to_owned(),
             })
     }
 

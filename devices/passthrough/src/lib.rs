@@ -38,6 +38,8 @@ pub mod user_backend;
 
 #[cfg(test)]
 mod fake;
+#[cfg(test)]
+mod hotplug_tests;
 
 pub use areas::MappableArea;
 pub use backend::{Backend, BackendError, IrqKind, SharedLog};

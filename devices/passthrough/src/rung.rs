@@ -26,6 +26,24 @@ pub enum DirtyRung {
     Everything,
 }
 
+impl DirtyRung {
+    /// Why it is this one, in words.
+    pub const fn why(self) -> &'static str {
+        match self {
+            Self::DeviceLog => "the device logs its own writes",
+            Self::Iommu => {
+                "the device has no log of its own, its IOMMU's page table has dirty bits"
+            }
+            Self::Container => {
+                "the device has no log of its own, and its IOMMU no page table with dirty bits"
+            }
+            Self::Everything => {
+                "neither the device nor the kernel's IOMMU interface has a log, and dirty=all consents"
+            }
+        }
+    }
+}
+
 impl fmt::Display for DirtyRung {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
