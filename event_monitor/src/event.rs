@@ -46,14 +46,43 @@ pub enum Event {
         /// Why.
         reason: String,
     },
+    /// `vm: device-added`: a device came while the VM runs, and the guest is told of it.
+    DeviceAdded {
+        /// The device.
+        id: String,
+        /// Where it is on the guest's PCI bus (`0000:00:05.0`).
+        bdf: String,
+    },
+    /// `vm: device-removed`: the guest has ejected a device, or the VM was switched off before it
+    /// did; the device is closed, its slot and whatever served it are free.
+    DeviceRemoved {
+        /// The device.
+        id: String,
+    },
+    /// `vm: device-removal-overdue`: the guest was asked to eject a device and did not yet; nothing
+    /// is taken from it before it does.
+    DeviceRemovalOverdue {
+        /// The device.
+        id: String,
+    },
     /// `vm: device-removal-requested`: the host waits for a passthrough device to be let go of, which
-    /// the end of the VM does. Told again while it lasts.
+    /// its removal does, or the end of the VM. Told again while it lasts.
     DeviceRemovalRequested {
         /// The device.
         id: String,
     },
     /// `vm: migration-started`, at the source.
     MigrationStarted,
+    /// `vm: migration-dirty-source`, at the source: where the migration that starts learns which
+    /// pages a passthrough device writes.
+    MigrationDirtySource {
+        /// The device.
+        id: String,
+        /// The rung of the ladder, as `dirty_source` in `vm.info`.
+        source: String,
+        /// Why that one.
+        why: String,
+    },
     /// `vm: migration-memory-iteration`, at the source: one round of precopy is over.
     MigrationMemoryIteration {
         /// The round, from 0.
@@ -142,7 +171,11 @@ impl Event {
             | Self::Shutdown
             | Self::Deleted
             | Self::DeviceLost { .. }
+            | Self::DeviceAdded { .. }
+            | Self::DeviceRemoved { .. }
+            | Self::DeviceRemovalOverdue { .. }
             | Self::DeviceRemovalRequested { .. }
+            | Self::MigrationDirtySource { .. }
             | Self::MigrationStarted
             | Self::MigrationMemoryIteration { .. }
             | Self::MigrationDirtyLogRestarted { .. }
@@ -172,6 +205,10 @@ impl Event {
             Self::Resumed => "resumed",
             Self::Deleted => "deleted",
             Self::DeviceLost { .. } => "device-lost",
+            Self::DeviceAdded { .. } => "device-added",
+            Self::DeviceRemoved { .. } => "device-removed",
+            Self::DeviceRemovalOverdue { .. } => "device-removal-overdue",
+            Self::MigrationDirtySource { .. } => "migration-dirty-source",
             Self::DeviceRemovalRequested { .. } => "device-removal-requested",
             Self::MigrationStarted => "migration-started",
             Self::MigrationMemoryIteration { .. } => "migration-memory-iteration",

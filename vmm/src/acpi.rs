@@ -3,6 +3,8 @@
 //! The guest has no legacy power management, PIC or PIT as far as ACPI tells it (the
 //! hardware-reduced model of ACPI 6.5, 4.1): sleep and reset are one register each.
 
+mod hotplug;
+
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE,
     Package, Path, ResourceTemplate, Scope, ZERO,
@@ -48,11 +50,16 @@ pub enum AcpiError {
     Memory(#[source] GuestMemoryError),
 }
 
-/// Writes all tables for a guest with `vcpus` CPUs; gives the address of the RSDP.
+/// Writes all tables for a guest with `vcpus` CPUs, whose devices in the PCI slots `ejectable` may
+/// come and go; gives the address of the RSDP.
 ///
 /// # Errors
 /// See [`AcpiError`].
-pub fn write_tables(memory: &GuestMemory, vcpus: u32) -> Result<GuestAddress, AcpiError> {
+pub fn write_tables(
+    memory: &GuestMemory,
+    vcpus: u32,
+    ejectable: &[u8],
+) -> Result<GuestAddress, AcpiError> {
     let count = u8::try_from(vcpus).map_err(|_| AcpiError::TooManyVcpus { vcpus })?;
     let rsdp_address = layout::ACPI_START;
     let mut area = Area {
@@ -60,7 +67,7 @@ pub fn write_tables(memory: &GuestMemory, vcpus: u32) -> Result<GuestAddress, Ac
         bytes: vec![0; 64],
     };
 
-    let dsdt = area.append(&bytes(&dsdt()));
+    let dsdt = area.append(&bytes(&dsdt(ejectable)));
     let fadt = area.append(&bytes(&fadt(dsdt).finalize()));
     let madt = area.append(&bytes(&madt(count)));
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -144,9 +151,10 @@ fn madt(vcpus: u8) -> MADT {
     madt
 }
 
-fn dsdt() -> Sdt {
+fn dsdt(ejectable: &[u8]) -> Sdt {
     let mut aml = Vec::new();
     pci_root(&mut aml);
+    hotplug::describe(&mut aml, ejectable);
     serial(&mut aml);
     real_time_clock(&mut aml);
     // \_S5: the sleep type that means off, as the sleep control register takes it.

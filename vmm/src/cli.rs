@@ -149,7 +149,7 @@ pub struct Cli {
         long_help = "virtio-net device; may be repeated: \
             tap=NAME|fd=N|fd=[N,…]|vhost_user=on,socket=SOCKET[,mac=ADDRESS]\
             [,mtu=BYTES][,num_queues=N][,queue_size=N][,hash_report=on|off|auto][,rss=on|off]\
-            [,hash_types=[TYPE,…]][,id=NAME]\n\n\
+            [,hash_types=[TYPE,…]][,pci_device_id=SLOT][,id=NAME]\n\n\
             vhost_user=on lets the process that listens on the socket serve the queues; it needs \
             --memory shared=on and knows no hashes. \
             num_queues counts receive and transmit queues together (2 to 254, default 2); queue_size \
@@ -169,12 +169,15 @@ pub struct Cli {
         help = "PCI device of the host: path=/sys/bus/pci/devices/ADDRESS|fd=N[,id=NAME]\
             [,dirty=auto|all]; may be repeated",
         long_help = "PCI device of the host, bound to vfio-pci or a driver of its kind; may be \
-            repeated: path=/sys/bus/pci/devices/ADDRESS|fd=N[,id=NAME][,dirty=auto|all]\n\n\
+            repeated: path=/sys/bus/pci/devices/ADDRESS|fd=N[,id=NAME][,dirty=auto|all]\
+            [,give_back=on|off][,pci_device_id=SLOT]\n\n\
             fd is the device's own file, /dev/vfio/devices/NAME, opened read-write by whoever starts \
             ferry and used by nobody else; ferry then needs no rights to it (see also --platform).\n\n\
             dirty=all lets the VM migrate although nobody can tell which pages the device wrote: \
             all memory is then copied while the guest stands still. Without it (auto) such a \
             migration is refused.\n\n\
+            give_back=on has the guest asked to eject the device when the host wants it back \
+            (its driver is unbound, say). pci_device_id is its slot on the guest's bus, 1 to 31.\n\n\
             All of the guest's RAM is locked in memory for it (see ulimit -l).",
         help_heading = "Devices"
     )]
@@ -187,7 +190,7 @@ pub struct Cli {
         num_args = 1..,
         help = "Passthrough device served over vfio-user: socket=SOCKET[,id=NAME]; may be repeated",
         long_help = "Passthrough device served over vfio-user; may be repeated: \
-            socket=SOCKET[,id=NAME]\n\nNeeds --memory shared=on.",
+            socket=SOCKET[,id=NAME][,pci_device_id=SLOT]\n\nNeeds --memory shared=on.",
         help_heading = "Devices"
     )]
     pub user_device: Vec<UserDeviceConfig>,

@@ -4,6 +4,7 @@
 //! loop how it ended. While one runs the loop answers, but changes nothing of the VM.
 
 mod guest;
+mod hotplug;
 
 use std::io;
 
@@ -24,6 +25,7 @@ use crate::migration_events;
 use crate::notice::{self, ExitReason, NoticeInbox, NoticeSender};
 use crate::signals::Signals;
 use guest::Guest;
+use hotplug::Removals;
 
 type Sent = Result<Report, SendFailure>;
 type Received = Result<Box<Arrived>, MigrateError>;
@@ -51,6 +53,8 @@ pub struct Control {
     received: (NoticeSender<Received>, NoticeInbox<Received>),
     /// What the guest asked for while it was being migrated.
     postponed: Option<ExitReason>,
+    /// The devices that the guest was asked to eject, and when it is late.
+    removals: Removals,
     /// The process serves one VM and ends with it.
     end_with_guest: bool,
 }
@@ -79,6 +83,7 @@ impl Control {
             left: notice::channel()?,
             received: notice::channel()?,
             postponed: None,
+            removals: Removals::default(),
             end_with_guest,
         })
     }
@@ -112,6 +117,7 @@ impl Control {
         if self.take_results() {
             return Ok(true);
         }
+        self.tell_overdue();
         while let Some(reason) = self.exits.take() {
             if self.guest_wants(reason) {
                 return Ok(true);
@@ -137,7 +143,7 @@ impl Control {
             PollFd::new(&self.left.1, PollFlags::IN),
             PollFd::new(&self.received.1, PollFlags::IN),
         ];
-        match poll(&mut fds, None) {
+        match poll(&mut fds, self.removals.patience().as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
@@ -161,28 +167,33 @@ impl Control {
             | ApiRequest::VmResume
             | ApiRequest::VmShutdown
             | ApiRequest::VmDelete
+            | ApiRequest::VmAddDevice(_)
+            | ApiRequest::VmRemoveDevice(_)
             | ApiRequest::VmSendMigration(_)
-            | ApiRequest::VmReceiveMigration(_) => self.change(request).map(|()| ApiReply::Empty),
+            | ApiRequest::VmReceiveMigration(_) => self.change(request),
         }
     }
 
     /// Requests that change the VM, which a migration forbids.
-    fn change(&mut self, request: ApiRequest) -> Result<(), ApiError> {
-        if matches!(
-            self.migration,
-            Migration::Sending(_) | Migration::Leaving(_) | Migration::Receiving(_)
-        ) {
+    fn change(&mut self, request: ApiRequest) -> Result<ApiReply, ApiError> {
+        if self.is_migrating() {
             return Err(ApiError::conflict(format!(
                 "{} is not possible during a migration: wait for its end or cancel it \
                  (vm.cancel-migration)",
                 request.endpoint()
             )));
         }
-        match request {
+        let changed = match request {
+            ApiRequest::VmAddDevice(device) => return self.add_device(*device),
+            ApiRequest::VmRemoveDevice(device) => self.remove_device(&device.id),
             ApiRequest::VmCreate(config) => self.guest.create(*config),
             ApiRequest::VmBoot => self.guest.boot(&self.host),
             ApiRequest::VmPause => self.guest.pause(&self.host.events),
-            ApiRequest::VmResume => self.guest.resume(&self.host.events),
+            ApiRequest::VmResume => {
+                let resumed = self.guest.resume(&self.host.events);
+                self.take_ejected();
+                resumed
+            }
             ApiRequest::VmShutdown => self.guest.shutdown(&self.host.events),
             ApiRequest::VmDelete => self.guest.delete(&self.host.events),
             ApiRequest::VmSendMigration(request) => self.send(*request),
@@ -191,6 +202,15 @@ impl Control {
                 "{} changes nothing",
                 other.endpoint()
             ))),
+        };
+        changed.map(|()| ApiReply::Empty)
+    }
+
+    /// Whether a migration goes on, during which nothing of the VM changes.
+    fn is_migrating(&self) -> bool {
+        match self.migration {
+            Migration::Sending(_) | Migration::Leaving(_) | Migration::Receiving(_) => true,
+            Migration::None | Migration::Over(_) => false,
         }
     }
 
@@ -316,6 +336,7 @@ impl Control {
                     self.guest.strand(stranded);
                     return false;
                 }
+                self.take_ejected();
                 postponed.is_some_and(|reason| self.guest_wants(reason))
             }
         }
@@ -337,6 +358,10 @@ impl Control {
             Ok(arrived) => {
                 tracing::info!(total_ms = arrived.report.total_ms, "a guest has arrived");
                 self.guest = Guest::arrived(*arrived);
+                self.take_ejected();
+                for id in self.guest.asked_to_go() {
+                    self.removals.asked(id);
+                }
             }
             Err(error) => {
                 tracing::error!(error = %ErrorChain(&error), "no guest has arrived");
@@ -381,12 +406,23 @@ impl Control {
         let reason = match reason {
             ExitReason::DeviceLost { id, reason } => {
                 tracing::error!(id, reason, "a device is gone");
+                let lost = id.clone();
                 self.host.events.tell(Event::DeviceLost { id, reason });
+                self.lost(&lost);
                 return false;
             }
             ExitReason::DeviceWanted { id } => {
-                tracing::warn!(id, "the host wants the device back: shut the VM down");
+                tracing::warn!(
+                    id,
+                    "the host wants the device back: remove it (vm.remove-device)"
+                );
+                let wanted = id.clone();
                 self.host.events.tell(Event::DeviceRemovalRequested { id });
+                self.wanted(&wanted);
+                return false;
+            }
+            ExitReason::DeviceEjected => {
+                self.take_ejected();
                 return false;
             }
             reason => reason,
@@ -411,7 +447,9 @@ impl Control {
                 tracing::error!(reason, "the guest cannot go on; it is switched off");
                 self.off()
             }
-            ExitReason::DeviceLost { .. } | ExitReason::DeviceWanted { .. } => false,
+            ExitReason::DeviceLost { .. }
+            | ExitReason::DeviceWanted { .. }
+            | ExitReason::DeviceEjected => false,
         }
     }
 

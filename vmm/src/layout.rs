@@ -77,3 +77,8 @@ pub const DEBUG_PORT: u16 = 0x80;
 pub const PCI_CONFIG_PORT: u16 = 0xcf8;
 /// First GSI for MSI-X vectors: above the pins of the I/O APIC.
 pub const FIRST_MSI_GSI: u32 = 24;
+/// First port of the hot-plug registers.
+pub const HOTPLUG_PORT: u16 = 0x610;
+/// Interrupt by which the guest learns that they have news: the pin that ACPI's interrupt has on
+/// a PC, and nothing has here.
+pub const HOTPLUG_IRQ: u32 = 9;

@@ -16,6 +16,8 @@ pub enum ExitReason {
     PowerOff,
     /// A vCPU cannot go on.
     Failed(String),
+    /// The guest has ejected a device.
+    DeviceEjected,
     /// The host wants a device back.
     DeviceWanted {
         /// Which device.

@@ -139,6 +139,27 @@ impl ApiClient {
             .map(drop)
     }
 
+    /// `PUT endpoint` with `body` as JSON; the answer read as JSON, if there is one.
+    ///
+    /// # Errors
+    /// As [`ApiClient::get`].
+    pub fn put_for<T: DeserializeOwned>(
+        &self,
+        endpoint: &str,
+        body: &impl Serialize,
+    ) -> Result<Option<T>, ClientError> {
+        let answer = |source| ClientError::Answer {
+            endpoint: endpoint.to_owned(),
+            source,
+        };
+        let bytes = serde_json::to_vec(body).map_err(answer)?;
+        let bytes = self.request(Method::PUT, endpoint, Bytes::from(bytes))?;
+        match bytes.is_empty() {
+            true => Ok(None),
+            false => serde_json::from_slice(&bytes).map(Some).map_err(answer),
+        }
+    }
+
     /// Sends one request; the body of a good answer.
     ///
     /// # Errors

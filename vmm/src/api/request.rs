@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use vm_migration::migrate::{Address, MigrationParams, MigrationStatus, TimeoutStrategy};
 
 use crate::config::{
-    ConfigError, ConsoleConfig, DeviceConfig, DirtyLogConfig, NetConfig, PlatformConfig, VmConfig,
-    check_id, check_ifname, check_place,
+    ConfigError, ConsoleConfig, DeviceConfig, DirtyLogConfig, NetConfig, NewDevice, PlatformConfig,
+    VmConfig, check_id, check_ifname, check_place,
 };
 
 /// One request to the VMM's control loop. The comments name the endpoint and the answer.
@@ -34,6 +34,12 @@ pub enum ApiRequest {
     VmShutdown,
     /// `PUT vm.delete`: [`ApiReply::Empty`].
     VmDelete,
+    /// `PUT vm.add-device`, `vm.add-user-device`, `vm.add-net`: [`ApiReply::Device`], or
+    /// [`ApiReply::Empty`] if the VM is off and has the device when it is booted.
+    VmAddDevice(Box<NewDevice>),
+    /// `PUT vm.remove-device`: [`ApiReply::Empty`] once the guest is asked to eject the device,
+    /// again if it was before; that it is gone is an event.
+    VmRemoveDevice(RemoveDeviceConfig),
     /// `PUT vm.send-migration`: [`ApiReply::Empty`] once it has started; the outcome is an event
     /// and in `vm.migration`.
     VmSendMigration(Box<SendMigrationConfig>),
@@ -62,6 +68,12 @@ impl ApiRequest {
             Self::VmResume => "vm.resume",
             Self::VmShutdown => "vm.shutdown",
             Self::VmDelete => "vm.delete",
+            Self::VmAddDevice(device) => match **device {
+                NewDevice::Host(_) => "vm.add-device",
+                NewDevice::User(_) => "vm.add-user-device",
+                NewDevice::Net(_) => "vm.add-net",
+            },
+            Self::VmRemoveDevice(_) => "vm.remove-device",
             Self::VmSendMigration(_) => "vm.send-migration",
             Self::VmReceiveMigration(_) => "vm.receive-migration",
             Self::VmMigration => "vm.migration",
@@ -78,6 +90,8 @@ pub enum ApiReply {
     Empty,
     /// Who is there.
     Ping(VmmPing),
+    /// Where a new device is.
+    Device(PciDeviceInfo),
     /// The VM.
     Info(Box<VmInfo>),
     /// The devices' counters.
@@ -90,6 +104,23 @@ pub enum ApiReply {
 
 /// Counters by device id (`vcpus` for the vCPUs), then by counter name.
 pub type Counters = BTreeMap<String, BTreeMap<String, u64>>;
+
+/// The answer to `vm.add-device` and its like.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciDeviceInfo {
+    /// The device's identifier.
+    pub id: String,
+    /// Where it is on the guest's PCI bus (`0000:00:05.0`).
+    pub bdf: String,
+}
+
+/// The body of `vm.remove-device`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemoveDeviceConfig {
+    /// The device's identifier.
+    pub id: String,
+}
 
 /// The answer to `vmm.ping`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,7 +5,7 @@ use serde::de::DeserializeOwned;
 
 use super::error::{ApiError, ApiStatus};
 use super::request::{ApiRequest, ReceiveMigrationConfig, SendMigrationConfig};
-use crate::config::{ConfigError, VmConfig};
+use crate::config::{ConfigError, NewDevice, VmConfig};
 
 /// What all paths begin with.
 pub const BASE_PATH: &str = "/api/v1/";
@@ -32,6 +32,12 @@ pub(super) const ROUTES: &[Route] = &[
     put("vm.resume", |body| bare(body, ApiRequest::VmResume)),
     put("vm.shutdown", |body| bare(body, ApiRequest::VmShutdown)),
     put("vm.delete", |body| bare(body, ApiRequest::VmDelete)),
+    put("vm.add-device", |body| add(body, NewDevice::Host)),
+    put("vm.add-user-device", |body| add(body, NewDevice::User)),
+    put("vm.add-net", |body| add(body, NewDevice::Net)),
+    put("vm.remove-device", |body| {
+        Ok(ApiRequest::VmRemoveDevice(json(body)?))
+    }),
     put("vm.send-migration", send),
     put("vm.receive-migration", receive),
     get("vm.migration", |body| bare(body, ApiRequest::VmMigration)),
@@ -62,6 +68,14 @@ const fn put(name: &'static str, parse: fn(&[u8]) -> Result<ApiRequest, ApiError
 fn create(body: &[u8]) -> Result<ApiRequest, ApiError> {
     let config = json::<VmConfig>(body)?.validate();
     Ok(ApiRequest::VmCreate(Box::new(config.map_err(refused)?)))
+}
+
+/// The sense of the device is checked with the configuration that it is added to.
+fn add<T: DeserializeOwned>(
+    body: &[u8],
+    device: fn(T) -> NewDevice,
+) -> Result<ApiRequest, ApiError> {
+    Ok(ApiRequest::VmAddDevice(Box::new(device(json(body)?))))
 }
 
 fn send(body: &[u8]) -> Result<ApiRequest, ApiError> {

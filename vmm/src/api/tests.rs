@@ -116,11 +116,13 @@ fn the_document_describes_the_routes_and_the_types() {
         "memory": {"size": 2 << 20, "shared": true, "hugepages": true, "hugepage_size": 2 << 20,
             "dirty_log": "ring", "dirty_ring_entries": 1024},
         "payload": {"kernel": "k", "initramfs": "i", "cmdline": "c"},
-        "net": [{"tap": "t", "mtu": 1500, "rss": true, "hash_types": ["ipv4"]}, {"vhost_user": true, "vhost_socket": "v"}],
+        "net": [{"tap": "t", "mtu": 1500, "rss": true, "hash_types": ["ipv4"], "pci_device_id": 9},
+            {"vhost_user": true, "vhost_socket": "v"}],
         "serial": {"mode": "File", "file": "f"},
         "console": {"mode": "Socket", "socket": "s"},
-        "devices": [{"path": "/sys/bus/pci/devices/0000:01:00.0", "dirty": "all"}],
-        "user_devices": [{"socket": "x"}],
+        "devices": [{"path": "/sys/bus/pci/devices/0000:01:00.0", "dirty": "all",
+            "give_back": true, "pci_device_id": 7}],
+        "user_devices": [{"socket": "x", "pci_device_id": 8}],
     });
     let config: VmConfig = serde_json::from_value(full).unwrap();
     let config = config.validate().unwrap();
@@ -179,6 +181,10 @@ fn each_endpoint_becomes_its_request() {
     for route in ROUTES {
         let body = match route.name {
             "vm.create" => r#"{"payload": {"kernel": "/k"}}"#,
+            "vm.add-device" => r#"{"path": "/sys/x"}"#,
+            "vm.add-user-device" => r#"{"socket": "/s"}"#,
+            "vm.add-net" => r#"{"tap": "t"}"#,
+            "vm.remove-device" => r#"{"id": "nic"}"#,
             "vm.send-migration" => r#"{"destination_url": "unix:/x"}"#,
             "vm.receive-migration" => r#"{"receiver_url": "unix:/x"}"#,
             _ => "",
@@ -189,6 +195,29 @@ fn each_endpoint_becomes_its_request() {
         responder.respond(Ok(ApiReply::Empty));
         assert_eq!(answer.join().unwrap().unwrap().len(), 0);
     }
+}
+
+#[test]
+fn a_new_device_has_a_place_if_there_is_a_guest() {
+    let fixture = Fixture::new();
+    let ask = || {
+        let client = fixture.client();
+        thread::spawn(move || {
+            let device = json!({"path": "/sys/x"});
+            client.put_for::<PciDeviceInfo>("vm.add-device", &device)
+        })
+    };
+    let info = PciDeviceInfo {
+        id: "_vfio0".to_owned(),
+        bdf: "0000:00:1a.0".to_owned(),
+    };
+    let answer = ask();
+    let reply = ApiReply::Device(info.clone());
+    fixture.next().1.respond(Ok(reply));
+    assert_eq!(answer.join().unwrap().unwrap(), Some(info));
+    let answer = ask();
+    fixture.next().1.respond(Ok(ApiReply::Empty));
+    assert_eq!(answer.join().unwrap().unwrap(), None);
 }
 
 #[test]

@@ -25,6 +25,12 @@ pub struct DeviceConfig {
     /// What a migration does if nobody can tell which pages the device wrote.
     #[serde(default, skip_serializing_if = "DirtyConfig::is_default")]
     pub dirty: DirtyConfig,
+    /// Whether the guest is asked to eject it when the host wants it back.
+    #[serde(default, skip_serializing_if = "super::is_off")]
+    pub give_back: bool,
+    /// Its slot on the guest's PCI bus; the lowest that is free if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
 }
 
 /// Whether a path was left out.
@@ -70,7 +76,8 @@ impl FromStr for DeviceConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let keys = OptionString::parse("--device", &["id", "path", "fd", "dirty"], text)?;
+        let allowed = &["id", "path", "fd", "dirty", "give_back", "pci_device_id"];
+        let keys = OptionString::parse("--device", allowed, text)?;
         Ok(Self {
             id: keys.text("id")?.unwrap_or_default().to_owned(),
             path: keys.path("path")?.unwrap_or_default(),
@@ -78,6 +85,8 @@ impl FromStr for DeviceConfig {
             dirty: keys
                 .parsed("dirty", "auto or all", DirtyConfig::from_name)?
                 .unwrap_or_default(),
+            give_back: keys.toggle("give_back")?.unwrap_or(false),
+            pci_device_id: keys.number("pci_device_id")?,
         })
     }
 }
@@ -91,6 +100,10 @@ impl fmt::Display for DeviceConfig {
             write!(out, "fd={fd},")?;
         }
         write!(out, "dirty={}", self.dirty)?;
+        if self.give_back {
+            write!(out, ",give_back=on")?;
+        }
+        super::write_slot(out, self.pci_device_id)?;
         if self.id.is_empty() {
             return Ok(());
         }

@@ -70,6 +70,26 @@ pub enum ConfigError {
         /// What is taken instead.
         expected: &'static str,
     },
+    /// A slot that a PCI bus does not have, or that is the host bridge's.
+    #[error(
+        "device {id} (pci_device_id): there is no PCI slot {slot} for it; give one of 1 to {last}, \
+         or leave it out",
+        last = pci::SLOTS - 1
+    )]
+    Slot {
+        /// The device.
+        id: String,
+        /// The slot asked for.
+        slot: u8,
+    },
+    /// A slot that two devices shall have.
+    #[error("device {id} (pci_device_id): another device has PCI slot {slot}; leave it out")]
+    RepeatedSlot {
+        /// The second device.
+        id: String,
+        /// The slot of both.
+        slot: u8,
+    },
     /// No kernel to boot.
     #[error(
         "--kernel (payload.kernel) is missing; name an ELF vmlinux with a PVH note or a bzImage"

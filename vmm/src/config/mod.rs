@@ -19,6 +19,7 @@ mod platform;
 mod tests;
 
 use std::collections::HashSet;
+use std::fmt;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -77,6 +78,17 @@ pub struct VmConfig {
     pub user_devices: Vec<UserDeviceConfig>,
 }
 
+/// A device that is added to a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NewDevice {
+    /// Of the host.
+    Host(DeviceConfig),
+    /// Of another process, over vfio-user.
+    User(UserDeviceConfig),
+    /// A virtio-net card.
+    Net(NetConfig),
+}
+
 /// The serial port if none is configured, as Cloud Hypervisor has it.
 pub fn default_serial() -> ConsoleConfig {
     ConsoleConfig::Null
@@ -117,6 +129,7 @@ impl VmConfig {
         }
         self.check_fds()?;
         self.check_shared_paths()?;
+        self.check_slots()?;
         Ok(self)
     }
 
@@ -126,6 +139,70 @@ impl VmConfig {
         let devices = self.devices.iter().map(|device| device.id.as_str());
         let users = self.user_devices.iter().map(|device| device.id.as_str());
         nets.chain(devices).chain(users)
+    }
+
+    /// The slots of configured devices that are not left to be found, with their ids.
+    fn slots(&mut self) -> impl Iterator<Item = (&str, &mut Option<u8>)> {
+        let nets = self.net.iter_mut();
+        let nets = nets.map(|net| (net.id.as_str(), &mut net.pci_device_id));
+        let devices = self.devices.iter_mut();
+        let devices = devices.map(|device| (device.id.as_str(), &mut device.pci_device_id));
+        let users = self.user_devices.iter_mut();
+        let users = users.map(|device| (device.id.as_str(), &mut device.pci_device_id));
+        nets.chain(devices).chain(users)
+    }
+
+    /// Writes down in which slot each device is: from here on none moves when another comes or
+    /// goes.
+    pub fn pin_slots(&mut self, slot_of: impl Fn(&str) -> Option<u8>) {
+        for (id, slot) in self.slots() {
+            *slot = slot_of(id).or(*slot);
+        }
+    }
+
+    /// The configuration with `device`, validated; and the device as it is there.
+    ///
+    /// # Errors
+    /// As [`validate`](Self::validate).
+    pub fn with_device(mut self, device: NewDevice) -> Result<(Self, NewDevice), ConfigError> {
+        match device.clone() {
+            NewDevice::Host(new) => self.devices.push(new),
+            NewDevice::User(new) => self.user_devices.push(new),
+            NewDevice::Net(new) => self.net.push(new),
+        }
+        let valid = self.validate()?;
+        // With the id and the address that were filled in.
+        let added = match &device {
+            NewDevice::Host(_) => valid.devices.last().cloned().map(NewDevice::Host),
+            NewDevice::User(_) => valid.user_devices.last().cloned().map(NewDevice::User),
+            NewDevice::Net(_) => valid.net.last().cloned().map(NewDevice::Net),
+        };
+        Ok((valid, added.unwrap_or(device)))
+    }
+
+    /// Takes device `id` out; says whether it was there.
+    pub fn remove_device(&mut self, id: &str) -> bool {
+        let before = self.device_ids().count();
+        self.net.retain(|net| net.id != id);
+        self.devices.retain(|device| device.id != id);
+        self.user_devices.retain(|device| device.id != id);
+        self.device_ids().count() != before
+    }
+
+    fn check_slots(&mut self) -> Result<(), ConfigError> {
+        let mut taken = HashSet::new();
+        for (id, slot) in self.slots() {
+            let Some(slot) = *slot else { continue };
+            let id = id.to_owned();
+            // Slot 0 is the host bridge's.
+            if slot == 0 || slot >= pci::SLOTS {
+                return Err(ConfigError::Slot { id, slot });
+            }
+            if !taken.insert(slot) {
+                return Err(ConfigError::RepeatedSlot { id, slot });
+            }
+        }
+        Ok(())
     }
 
     fn name_devices(&mut self) -> Result<(), ConfigError> {
@@ -219,6 +296,20 @@ pub(crate) fn check_id(id: &str) -> Result<(), ConfigError> {
         id: id.to_owned(),
         limit: MAX_ID_BYTES,
     })
+}
+
+/// Whether a toggle has its usual value.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+fn is_off(toggle: &bool) -> bool {
+    !toggle
+}
+
+/// Writes the slot of a device as its option string has it, if it has one.
+fn write_slot(out: &mut fmt::Formatter<'_>, slot: Option<u8>) -> fmt::Result {
+    match slot {
+        Some(slot) => write!(out, ",pci_device_id={slot}"),
+        None => Ok(()),
+    }
 }
 
 /// Gives each empty id the first free of `prefix0`, `prefix1`, …

@@ -108,7 +108,7 @@ pub struct NetConfig {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub fds: Vec<i32>,
     /// The queues are served by another process over vhost-user, instead of a tap.
-    #[serde(default, skip_serializing_if = "is_off")]
+    #[serde(default, skip_serializing_if = "super::is_off")]
     pub vhost_user: bool,
     /// The unix socket that process listens on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -131,17 +131,14 @@ pub struct NetConfig {
     #[serde(default)]
     pub hash_report: Offer,
     /// Offer the guest to steer packets by their hashes (`VIRTIO_NET_F_RSS`).
-    #[serde(default, skip_serializing_if = "is_off")]
+    #[serde(default, skip_serializing_if = "super::is_off")]
     pub rss: bool,
     /// The types of hashes offered with either; all if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hash_types: Option<HashTypeSet>,
-}
-
-/// Whether a toggle has its usual value.
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
-fn is_off(toggle: &bool) -> bool {
-    !toggle
+    /// Its slot on the guest's PCI bus; the lowest that is free if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
 }
 
 fn default_num_queues() -> u16 {
@@ -167,6 +164,7 @@ impl Default for NetConfig {
             hash_report: Offer::Off,
             rss: false,
             hash_types: None,
+            pci_device_id: None,
         }
     }
 }
@@ -188,6 +186,7 @@ impl FromStr for NetConfig {
             "hash_report",
             "rss",
             "hash_types",
+            "pci_device_id",
         ];
         let keys = OptionString::parse("--net", allowed, text)?;
         Ok(Self {
@@ -211,6 +210,7 @@ impl FromStr for NetConfig {
             hash_types: keys.parsed("hash_types", HashTypeSet::EXPECTED, |text| {
                 text.parse().ok()
             })?,
+            pci_device_id: keys.number("pci_device_id")?,
         })
     }
 }
@@ -247,10 +247,10 @@ impl fmt::Display for NetConfig {
         if self.rss {
             write!(out, ",rss=on")?;
         }
-        match self.hash_types {
-            Some(types) => write!(out, ",hash_types={types}"),
-            None => Ok(()),
+        if let Some(types) = self.hash_types {
+            write!(out, ",hash_types={types}")?;
         }
+        super::write_slot(out, self.pci_device_id)
     }
 }
 
@@ -395,16 +395,21 @@ pub struct UserDeviceConfig {
     pub id: String,
     /// The unix socket of the device's server.
     pub socket: PathBuf,
+    /// Its slot on the guest's PCI bus; the lowest that is free if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_device_id: Option<u8>,
 }
 
 impl FromStr for UserDeviceConfig {
     type Err = ConfigError;
 
     fn from_str(text: &str) -> Result<Self, ConfigError> {
-        let keys = OptionString::parse("--user-device", &["id", "socket"], text)?;
+        let allowed = &["id", "socket", "pci_device_id"];
+        let keys = OptionString::parse("--user-device", allowed, text)?;
         Ok(Self {
             id: keys.text("id")?.unwrap_or_default().to_owned(),
             socket: PathBuf::from(keys.required("socket")?),
+            pci_device_id: keys.number("pci_device_id")?,
         })
     }
 }
@@ -412,6 +417,7 @@ impl FromStr for UserDeviceConfig {
 impl fmt::Display for UserDeviceConfig {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(out, "socket={}", quote(&self.socket.to_string_lossy()))?;
+        super::write_slot(out, self.pci_device_id)?;
         if self.id.is_empty() {
             return Ok(());
         }

@@ -183,6 +183,7 @@ fn ids_and_addresses_are_filled_in_and_stay() {
     config.user_devices = vec![UserDeviceConfig {
         id: String::new(),
         socket: "/tmp/nic".into(),
+        pci_device_id: None,
     }];
     let config = config.validate().unwrap();
     let ids: Vec<&str> = config.device_ids().collect();
@@ -248,9 +249,53 @@ fn nonsense_is_refused_with_the_remedy() {
         c.user_devices = vec![UserDeviceConfig {
             id: "nic".to_owned(),
             socket: "/tmp/nic".into(),
+            pci_device_id: None,
         }];
     });
     assert!(error.to_string().contains("shared=on"), "{error}");
+}
+
+#[test]
+fn slots_are_of_the_bus_and_of_one_device() {
+    let with = |first: &str, second: &str| {
+        refusal(|c| {
+            c.net = vec![first.parse().unwrap()];
+            c.devices = vec![second.parse().unwrap()];
+        })
+    };
+    for slot in [0, 32, 255] {
+        let device = format!("path=/sys/x,pci_device_id={slot}");
+        let error = with("tap=t", &device);
+        assert!(matches!(error, ConfigError::Slot { .. }), "{error}");
+    }
+    let twice = with("tap=t,pci_device_id=5", "path=/sys/x,pci_device_id=5");
+    assert!(matches!(twice, ConfigError::RepeatedSlot { slot: 5, .. }));
+}
+
+#[test]
+fn devices_come_and_go_and_the_others_stay_where_they_are() {
+    let json = r#"{"payload": {"kernel": "k"}, "net": [{"tap": "t"}],
+        "user_devices": [{"socket": "/s", "id": "nic"}], "memory": {"size": 536870912, "shared": true}}"#;
+    let config: VmConfig = serde_json::from_str(json).unwrap();
+    let mut config = config.validate().unwrap();
+    config.pin_slots(|id| match id {
+        "_net0" => Some(3),
+        "nic" => Some(4),
+        _ => None,
+    });
+    assert!(config.remove_device("_net0"));
+    assert!(!config.remove_device("_net0"));
+    assert_eq!(config.user_devices[0].pci_device_id, Some(4));
+    let host: DeviceConfig = "path=/sys/x".parse().unwrap();
+    let (with, added) = config.clone().with_device(NewDevice::Host(host)).unwrap();
+    let NewDevice::Host(added) = added else {
+        panic!("{added:?}");
+    };
+    assert_eq!((added.id.as_str(), added.pci_device_id), ("_vfio0", None));
+    assert_eq!(with.devices, [added]);
+    let again: UserDeviceConfig = "socket=/t,id=nic".parse().unwrap();
+    let refused = config.with_device(NewDevice::User(again));
+    assert!(matches!(refused, Err(ConfigError::RepeatedId { .. })));
 }
 
 #[test]
@@ -379,6 +424,7 @@ prop_compose! {
         queue_size: u16,
         (hash_report, rss, types) in (0_u8..3, any::<bool>(), 0_u32..0x200),
         (vhost_user, vhost_socket) in (any::<bool>(), option::of(path())),
+        pci_device_id in option::of(any::<u8>()),
     ) -> NetConfig {
         let mac = mac.map(MacAddress);
         let hash_report = [Offer::Off, Offer::On, Offer::Auto][usize::from(hash_report)];
@@ -388,14 +434,18 @@ prop_compose! {
         let hash_types = names.try_into().ok();
         NetConfig {
             id, tap, fds, vhost_user, vhost_socket, mac, mtu, num_queues, queue_size, hash_report,
-            rss, hash_types,
+            rss, hash_types, pci_device_id,
         }
     }
 }
 
 prop_compose! {
-    fn user_device()(id in "[a-z_]{0,8}", socket in path()) -> UserDeviceConfig {
-        UserDeviceConfig { id, socket }
+    fn user_device()(
+        id in "[a-z_]{0,8}",
+        socket in path(),
+        pci_device_id in option::of(any::<u8>()),
+    ) -> UserDeviceConfig {
+        UserDeviceConfig { id, socket, pci_device_id }
     }
 }
 
@@ -404,8 +454,10 @@ prop_compose! {
         id in "[a-z_]{0,8}",
         (path, fd) in (path(), option::of(any::<i32>())),
         dirty in select(vec![DirtyConfig::Auto, DirtyConfig::All]),
+        give_back: bool,
+        pci_device_id in option::of(any::<u8>()),
     ) -> DeviceConfig {
-        DeviceConfig { id, path, fd, dirty }
+        DeviceConfig { id, path, fd, dirty, give_back, pci_device_id }
     }
 }
 

@@ -134,9 +134,18 @@ impl Guest {
     }
 
     pub(super) fn shutdown(&mut self, events: &EventMonitor) -> Result<(), ApiError> {
-        let Self::On { config, .. } = self else {
+        let Self::On {
+            config, machine, ..
+        } = self
+        else {
             return Err(self.cannot("switch off"));
         };
+        // A guest that is off has ejected all that it was to eject.
+        for id in machine.devices().on_their_way_out() {
+            machine.pin_slots(config);
+            config.remove_device(&id);
+            events.tell(Event::DeviceRemoved { id });
+        }
         *self = Self::Off {
             config: config.clone(),
             state: VmState::Shutdown,
@@ -229,7 +238,7 @@ impl Guest {
     }
 
     /// Why the VM cannot do `what` in the state it is in.
-    fn cannot(&self, what: &str) -> ApiError {
+    pub(super) fn cannot(&self, what: &str) -> ApiError {
         match self {
             Self::None => ApiError::not_found(format!(
                 "there is no VM to {what}: create one first (vm.create)"

@@ -57,6 +57,11 @@ impl AreaMapper {
         }
     }
 
+    /// The areas of device `id`, whose BARs are not mapped any more, are let go of.
+    pub(super) fn forget(&self, id: &str) {
+        self.areas.lock().remove(id);
+    }
+
     fn map_area(&self, bar: &BarInfo, area: &MappableArea) -> Result<MemorySlot, AreaError> {
         const PAGE_MASK: u64 = 0xfff;
         let at = bar

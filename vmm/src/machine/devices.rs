@@ -5,6 +5,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use ::passthrough::HostVfio;
 use devices::acpi::{self, AcpiPower, I8042, Sink};
 use devices::bus::{Bus, BusDevice};
 use devices::rtc::{self, Rtc};
@@ -12,7 +13,7 @@ use devices::serial::{self, Serial};
 use devices::terminal::Terminal;
 use hypervisor::Vm;
 use parking_lot::Mutex;
-use pci::PciBus;
+use pci::{HotPlug, PciBus, SharedDevice};
 use virtio_devices::net::features::HASH_REPORT;
 use virtio_devices::{
     Console, EntropySource, NetCounters, Rng, VhostUserHandle, VirtioDevice, VirtioPciDevice,
@@ -23,7 +24,7 @@ use vm_migration::Pause;
 use super::net::NetOffer;
 use super::passthrough::{self, PassthroughFunction};
 use super::pci::PciRoot;
-use super::{Host, MachineError, net};
+use super::{Host, MachineError, hotplug, net};
 use crate::api::Counters;
 use crate::config::{ConsoleConfig, RngConfig, VmConfig};
 use crate::interrupts::{Fabric, InterruptManager};
@@ -56,13 +57,22 @@ pub struct VirtioFunction {
     pub offer: Option<NetOffer>,
 }
 
+impl VirtioFunction {
+    /// Whether it is a network card; all others each machine has, and keeps.
+    pub(super) fn is_card(&self) -> bool {
+        [net::TAP, net::VHOST_USER].contains(&self.kind)
+    }
+}
+
 /// The devices of a machine.
 pub struct Devices {
     rtc: Arc<Mutex<Rtc>>,
     serial: Option<Arc<Mutex<Serial>>>,
-    virtio: Vec<VirtioFunction>,
-    passthrough: Vec<PassthroughFunction>,
-    bus: Arc<PciBus>,
+    pub(super) virtio: Vec<VirtioFunction>,
+    pub(super) passthrough: Vec<PassthroughFunction>,
+    pub(super) root: PciRoot,
+    pub(super) hotplug: Arc<HotPlug>,
+    pub(super) vfio: HostVfio,
 }
 
 impl Devices {
@@ -76,42 +86,42 @@ impl Devices {
         let rtc = clock(board)?;
         let serial = serial_port(config, host, board)?;
         let mut root = PciRoot::new(board)?;
-        let mut virtio = Vec::new();
         // Console and entropy come first, so that adding a NIC moves no other device.
-        if let Some(terminal) = terminal("the console", &config.console)? {
-            let console = Console::new("_console", Arc::new(terminal));
-            virtio.push(function(
-                "virtio-console",
-                Box::new(console),
-                None,
-                host,
-                board,
-            )?);
-        }
-        virtio.push(function(
-            "virtio-rng",
-            Box::new(Rng::new("_rng", entropy(&config.rng)?)),
-            None,
-            host,
-            board,
-        )?);
-        for net in &config.net {
-            virtio.push(net::card(net, host, board)?);
-        }
+        let mut virtio = fixed(config, host, board)?;
         for function in &virtio {
-            root.add(function.device.clone())?;
+            root.add(function.device.clone(), None)?;
         }
-        let passthrough = passthrough::functions(config, host, board)?;
-        for function in &passthrough {
+        let mut movable: Vec<(Option<u8>, SharedDevice)> = Vec::new();
+        for net in &config.net {
+            let card = net::card(net, host, board)?;
+            movable.push((net.pci_device_id, card.device.clone()));
+            virtio.push(card);
+        }
+        let vfio = passthrough::host_vfio(config, host, board)?;
+        let passthrough = passthrough::functions(config, &vfio, host, board)?;
+        let devices = config.devices.iter().map(|device| device.pci_device_id);
+        let users = config
+            .user_devices
+            .iter()
+            .map(|device| device.pci_device_id);
+        for (function, slot) in passthrough.iter().zip(devices.chain(users)) {
             root.add_areas(&function.id, function.device.mappable_areas());
-            root.add(Arc::new(Mutex::new(function.device.clone())))?;
+            movable.push((slot, Arc::new(Mutex::new(function.device.clone()))));
+        }
+        let hotplug = hotplug::registers(&root, host, board)?;
+        // Those that are to be in a certain slot take it before it is found free.
+        movable.sort_by_key(|(slot, _)| slot.is_none());
+        for (slot, device) in movable {
+            hotplug.manage(root.add(device, slot)?);
         }
         Ok(Self {
             rtc,
             serial,
             virtio,
             passthrough,
-            bus: Arc::clone(root.bus()),
+            root,
+            hotplug,
+            vfio,
         })
     }
 
@@ -202,6 +212,7 @@ impl Devices {
         for function in &self.passthrough {
             all.insert(function.id.clone(), function.facts());
         }
+        self.add_places(&mut all);
         all
     }
 
@@ -227,8 +238,29 @@ impl Devices {
 
     /// The PCI bus.
     pub fn bus(&self) -> &Arc<PciBus> {
-        &self.bus
+        self.root.bus()
     }
+
+    /// The registers of hot plug.
+    pub fn hotplug(&self) -> &Arc<HotPlug> {
+        &self.hotplug
+    }
+}
+
+/// The devices on the PCI bus that each machine has, and keeps.
+fn fixed(
+    config: &VmConfig,
+    host: &Host,
+    board: &Board<'_>,
+) -> Result<Vec<VirtioFunction>, MachineError> {
+    let mut all = Vec::new();
+    if let Some(terminal) = terminal("the console", &config.console)? {
+        let console = Box::new(Console::new("_console", Arc::new(terminal)));
+        all.push(function("virtio-console", console, None, host, board)?);
+    }
+    let rng = Box::new(Rng::new("_rng", entropy(&config.rng)?));
+    all.push(function("virtio-rng", rng, None, host, board)?);
+    Ok(all)
 }
 
 /// Where the guest's random bytes come from. The kernel's generator is asked without its file.

@@ -87,6 +87,21 @@ pub enum MachineError {
         #[source]
         cause: io::Error,
     },
+    /// There is no such device on the PCI bus.
+    #[error("there is no device {id} to remove: vm.info lists those there are")]
+    UnknownDevice {
+        /// What was asked for.
+        id: String,
+    },
+    /// A device does not come or go.
+    #[error("cannot plug or unplug device {id}")]
+    HotPlug {
+        /// Which device.
+        id: String,
+        /// Why.
+        #[source]
+        cause: pci::HotPlugError,
+    },
     /// The bus is full.
     #[error("no room on the PCI bus for {id}")]
     NoRoom {
@@ -104,7 +119,10 @@ impl MachineError {
     /// The device it is about, if it is about one.
     pub fn device_id(&self) -> Option<&str> {
         match self {
-            Self::Device { id, .. } | Self::NoRoom { id } => Some(id),
+            Self::Device { id, .. }
+            | Self::NoRoom { id }
+            | Self::HotPlug { id, .. }
+            | Self::UnknownDevice { id } => Some(id),
             _ => None,
         }
     }

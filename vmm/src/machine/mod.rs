@@ -3,6 +3,7 @@
 mod areas;
 mod devices;
 mod error;
+mod hotplug;
 mod net;
 mod parts;
 mod passthrough;
@@ -30,8 +31,8 @@ use crate::vcpu::{Surroundings, Vcpus};
 pub use devices::{Devices, VirtioFunction};
 pub use error::MachineError;
 pub use net::{NetOffer, TAP as NET_ON_TAP};
-pub use parts::{BusState, CpuState, CpuSwitch, VmChips};
-pub(crate) use parts::{CHIPS_ID, CPUS_ID, PCI_ID};
+pub use parts::{BusState, CpuState, CpuSwitch, PlugState, VmChips};
+pub(crate) use parts::{CHIPS_ID, CPUS_ID, HOTPLUG_ID, PCI_ID};
 pub use passthrough::{Origin, PassthroughFunction};
 
 /// What all machines of a process share.
@@ -54,8 +55,9 @@ pub struct Host {
 /// The fields are dropped in this order: vCPUs first, so that nobody calls a device that is gone.
 pub struct Machine {
     vcpus: Arc<Vcpus>,
-    _spaces: Spaces,
+    spaces: Spaces,
     devices: Devices,
+    interrupts: Arc<InterruptManager>,
     vm: Arc<dyn Vm>,
     slots: Vec<MemorySlot>,
     ram: Ram,
@@ -125,8 +127,9 @@ impl Machine {
             .map_err(MachineError::hypervisor("tell the CPU features"))?;
         Ok(Self {
             vcpus: Arc::new(vcpus),
-            _spaces: spaces,
+            spaces,
             devices,
+            interrupts,
             vm,
             slots,
             ram,
@@ -141,7 +144,8 @@ impl Machine {
     pub fn load(&self, config: &VmConfig) -> Result<(), MachineError> {
         let memory = self.ram.memory();
         let count = config.cpus.boot_vcpus;
-        let rsdp = acpi::write_tables(&memory, count).map_err(MachineError::Acpi)?;
+        let ejectable = self.devices.ejectable_slots();
+        let rsdp = acpi::write_tables(&memory, count, &ejectable).map_err(MachineError::Acpi)?;
         let kernel = config
             .payload
             .kernel

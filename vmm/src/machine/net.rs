@@ -19,7 +19,7 @@ use crate::notice::ExitReason;
 /// The kind of a card on a tap.
 pub const TAP: &str = "virtio-net";
 /// The kind of a card whose queues another process serves.
-const VHOST_USER: &str = "vhost-user-net";
+pub(super) const VHOST_USER: &str = "vhost-user-net";
 
 /// The card of `config`.
 pub(super) fn card(

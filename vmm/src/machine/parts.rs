@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use hypervisor::{Vcpu, VcpuState, Vm, VmState};
-use pci::PciBus;
+use pci::{HotPlug, PciBus};
 use vm_migration::{Pause, SaveRestore, StateError, saved};
 
 use crate::config::MAX_VCPUS;
@@ -14,6 +14,8 @@ use crate::vcpu::Vcpus;
 pub(crate) const CPUS_ID: &str = "vcpus";
 /// Identifier of the PCI bus's state.
 pub(crate) const PCI_ID: &str = "pci";
+/// Identifier of the state of hot plug.
+pub(crate) const HOTPLUG_ID: &str = "hotplug";
 /// Identifier of the state the hypervisor keeps for the whole VM.
 pub(crate) const CHIPS_ID: &str = "vm";
 
@@ -143,6 +145,32 @@ impl SaveRestore for BusState {
         self.0
             .restore(&state)
             .map_err(|cause| failed(PCI_ID, "restore", cause))
+    }
+}
+
+/// The hot-plug registers. Restored after the bus, some of whose devices the guest may have ejected.
+pub struct PlugState(pub Arc<HotPlug>);
+
+impl SaveRestore for PlugState {
+    // A version and four sets of slots.
+    const MAX_STATE_BYTES: usize = 64;
+
+    fn expected_bytes(&self) -> usize {
+        Self::MAX_STATE_BYTES
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, StateError> {
+        postcard::to_stdvec(&self.0.save()).map_err(|cause| failed(HOTPLUG_ID, "save", cause))
+    }
+
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        let state = postcard::from_bytes(bytes).map_err(|error| StateError::BadState {
+            id: HOTPLUG_ID.into(),
+            reason: error.to_string(),
+        })?;
+        self.0
+            .restore(&state)
+            .map_err(|cause| failed(HOTPLUG_ID, "restore", cause))
     }
 }
 

@@ -64,19 +64,21 @@ impl PassthroughFunction {
             Origin::Inherited(fd) => ("vfio with iommufd", "fd", fd.to_string()),
             Origin::Server(path) => ("vfio-user", "socket", path.display().to_string()),
         };
+        let (source, why) = self.dirty_source();
         BTreeMap::from([
             ("backend".to_owned(), backend.to_owned()),
             (key.to_owned(), place),
-            ("dirty_source".to_owned(), self.dirty_source()),
+            ("dirty_source".to_owned(), source),
+            ("dirty_source_why".to_owned(), why),
             ("migration".to_owned(), self.migration()),
         ])
     }
 
-    /// The rung in words, or why there is none.
-    fn dirty_source(&self) -> String {
+    /// The rung in words, and why it is this one, or why there is none.
+    pub fn dirty_source(&self) -> (String, String) {
         match self.rung() {
-            Ok(rung) => rung.to_string(),
-            Err(error) => ErrorChain(&error).to_string(),
+            Ok(rung) => (rung.to_string(), rung.why().to_owned()),
+            Err(error) => ("none".to_owned(), ErrorChain(&error).to_string()),
         }
     }
 
@@ -90,22 +92,26 @@ impl PassthroughFunction {
     }
 }
 
-/// The passthrough devices of `config`, in the order of their slots.
+/// The passthrough devices of `config`, those of the host before those of servers.
 pub(super) fn functions(
     config: &VmConfig,
+    vfio: &HostVfio,
     host: &Host,
     board: &Board<'_>,
 ) -> Result<Vec<PassthroughFunction>, MachineError> {
-    let vfio = host_vfio(config, host, board)?;
     let devices = config.devices.iter();
-    let of_host = devices.map(|config| host_device(config, &vfio, host, board));
+    let of_host = devices.map(|config| host_device(config, vfio, host, board));
     let users = config.user_devices.iter();
     let of_servers = users.map(|config| user_device(config, host, board));
     of_host.chain(of_servers).collect()
 }
 
 /// VFIO of this host for the VM that `config` describes.
-fn host_vfio(config: &VmConfig, host: &Host, board: &Board<'_>) -> Result<HostVfio, MachineError> {
+pub(super) fn host_vfio(
+    config: &VmConfig,
+    host: &Host,
+    board: &Board<'_>,
+) -> Result<HostVfio, MachineError> {
     let interface = match config.platform.iommufd {
         IommufdConfig::Auto => Interface::Auto,
         IommufdConfig::On => Interface::Iommufd,
@@ -155,7 +161,8 @@ fn open(config: &DeviceConfig, vfio: &HostVfio) -> Result<KernelVfioBackend, Mac
     vfio.adopt(fd, file).map_err(MachineError::device(id))
 }
 
-fn host_device(
+/// The device of this host that `config` names.
+pub(super) fn host_device(
     config: &DeviceConfig,
     vfio: &HostVfio,
     host: &Host,
@@ -190,7 +197,8 @@ fn host_device(
     })
 }
 
-fn user_device(
+/// The device of the server that `config` names.
+pub(super) fn user_device(
     config: &UserDeviceConfig,
     host: &Host,
     board: &Board<'_>,
@@ -223,8 +231,12 @@ fn device(
     let fabric = Fabric(Arc::clone(board.interrupts));
     let device = Passthrough::new(id, backend, &fabric).map_err(MachineError::device(id))?;
     device.reset().map_err(MachineError::device(id))?;
-    device
-        .map_memory(&board.ram.memory())
-        .map_err(MachineError::device(id))?;
+    if let Err(error) = device.map_memory(&board.ram.memory()) {
+        // What others share with it would stay mapped for it.
+        if let Err(error) = device.unmap_memory() {
+            tracing::warn!(id, error = %ErrorChain(&error), "after its memory was not mapped");
+        }
+        return Err(MachineError::device(id)(error));
+    }
     Ok(device)
 }

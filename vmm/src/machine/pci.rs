@@ -97,8 +97,13 @@ impl PciRoot {
         Ok(Self { bus, mapper, room })
     }
 
-    /// Puts a device on the bus and gives its BARs addresses.
-    pub(super) fn add(&mut self, device: SharedDevice) -> Result<(), MachineError> {
+    /// Puts a device on the bus, into `slot` if one is given, and gives its BARs addresses, as
+    /// firmware would. Gives the slot.
+    pub(super) fn add(
+        &mut self,
+        device: SharedDevice,
+        slot: Option<u8>,
+    ) -> Result<u8, MachineError> {
         {
             let mut device = device.lock();
             let id = device.id().to_owned();
@@ -112,14 +117,35 @@ impl PciRoot {
                 device.set_bar_address(bar.index, range.start());
             }
         }
+        self.plug(device, slot)
+    }
+
+    /// Puts a device on the bus, into `slot` if one is given, and leaves it to the guest to give
+    /// its BARs addresses. Gives the slot.
+    pub(super) fn plug(&self, device: SharedDevice, slot: Option<u8>) -> Result<u8, MachineError> {
         let id = device.lock().id().to_owned();
-        self.bus.add(device).map_err(MachineError::device(&id))?;
-        Ok(())
+        let placed = match slot {
+            Some(slot) => self.bus.add_at(slot, device).map(|()| slot),
+            None => self.bus.add(device),
+        };
+        placed.map_err(MachineError::device(&id))
+    }
+
+    /// Takes the device out of `slot`; on return the guest does not reach it.
+    pub(super) fn unplug(&self, slot: u8) {
+        if let Some(device) = self.bus.remove(slot) {
+            self.mapper.forget(device.lock().id());
+        }
     }
 
     /// Lets the guest reach these areas of device `id` without exits.
     pub(super) fn add_areas(&self, id: &str, areas: &[MappableArea]) {
         self.mapper.add(id, areas);
+    }
+
+    /// Undoes [`add_areas`](Self::add_areas) of a device that is not on the bus.
+    pub(super) fn forget_areas(&self, id: &str) {
+        self.mapper.forget(id);
     }
 
     /// The bus.

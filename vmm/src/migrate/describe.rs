@@ -15,8 +15,8 @@ use compat::{Compat, compat};
 use super::MigrateError;
 use crate::config::VmConfig;
 use crate::machine::{
-    BusState, CHIPS_ID, CPUS_ID, CpuState, Machine, PCI_ID, PassthroughFunction, VirtioFunction,
-    VmChips,
+    BusState, CHIPS_ID, CPUS_ID, CpuState, HOTPLUG_ID, Machine, PCI_ID, PassthroughFunction,
+    PlugState, VirtioFunction, VmChips,
 };
 
 /// Most that a passthrough device's state may be, in bytes. The device does not tell a bound, and
@@ -49,8 +49,8 @@ pub(super) fn manifest(machine: &Machine, config: &VmConfig) -> Result<Manifest,
 }
 
 /// All parts with state, in the order in which they are stopped, sent and loaded: the CPUs and
-/// chips first, so that devices can raise interrupts when they are loaded; the bus last, as it
-/// maps what the devices' own states say.
+/// chips first, so that devices can raise interrupts when they are loaded; the bus after the devices,
+/// as it maps what their own states say; then what of them the guest has ejected.
 fn devices(machine: &Machine) -> Vec<DeviceManifest> {
     let capabilities = machine.vm().capabilities();
     let chips = compat([("timer", capabilities.timer.to_string())]);
@@ -84,6 +84,12 @@ fn devices(machine: &Machine) -> Vec<DeviceManifest> {
         Compat::new(),
         BusState::MAX_STATE_BYTES,
     ));
+    all.push(entry(
+        HOTPLUG_ID,
+        "hotplug",
+        Compat::new(),
+        PlugState::MAX_STATE_BYTES,
+    ));
     all
 }
 
@@ -113,13 +119,21 @@ fn virtio_entry(function: &VirtioFunction, memory: &MemoryHandle) -> DeviceManif
         Some(Err(error)) => DeviceManifest {
             migratable: Migratable::No {
                 reason: ErrorChain(&error).to_string(),
-                remedy: "give a vhost-user backend that runs and logs its writes, and boot with it"
-                    .into(),
+                remedy: format!(
+                    "give a vhost-user backend that runs and logs its writes, and boot with it; or \
+                     {}",
+                    unplug(&function.id)
+                ),
             },
             ..entry
         },
         Some(Ok(_)) | None => entry,
     }
+}
+
+/// What an operator can do with a device that keeps the VM here.
+fn unplug(id: &str) -> String {
+    format!("unplug it before the migration (ferryctl remove-device {id})")
 }
 
 /// Whether the manifest says that device `id` can be moved.
@@ -133,10 +147,13 @@ pub(super) fn is_movable(manifest: &Manifest, id: &str) -> bool {
 fn passthrough_entry(function: &PassthroughFunction, count: usize) -> DeviceManifest {
     let device = &function.device;
     let migratable = match device.state_source().and_then(|_| function.rung()) {
-        Ok(_) => beside_others(device.profile().migration, count),
+        Ok(_) => beside_others(&function.id, device.profile().migration, count),
         Err(error) => Migratable::No {
             reason: ErrorChain(&error).to_string(),
-            remedy: "unplug it before the migration, or give a device that can migrate".into(),
+            remedy: format!(
+                "{}, or give a device that can migrate",
+                unplug(&function.id)
+            ),
         },
     };
     DeviceManifest {
@@ -148,10 +165,10 @@ fn passthrough_entry(function: &PassthroughFunction, count: usize) -> DeviceMani
     }
 }
 
-/// Whether one of `count` passthrough devices with these features can move. Devices may do DMA to
-/// each other, and one of them stops first: with several, each must be able to stop that before it
-/// stops itself (uAPI of VFIO, "The RUNNING_P2P state").
-fn beside_others(flags: Option<MigrationFlags>, count: usize) -> Migratable {
+/// Whether device `id`, one of `count` passthrough devices, with these features can move. Devices
+/// may do DMA to each other, and one of them stops first: with several, each must be able to stop
+/// that before it stops itself (uAPI of VFIO, "The RUNNING_P2P state").
+fn beside_others(id: &str, flags: Option<MigrationFlags>, count: usize) -> Migratable {
     let quiesces = flags.is_some_and(|flags| flags.contains(MigrationFlags::P2P));
     if count < 2 || quiesces {
         return Migratable::Yes;
@@ -161,7 +178,7 @@ fn beside_others(flags: Option<MigrationFlags>, count: usize) -> Migratable {
             "it is one of {count} passthrough devices and cannot be kept from peer-to-peer DMA \
              while they stop one after the other (it has no RUNNING_P2P)"
         ),
-        remedy: "unplug it, or all others, before the migration".into(),
+        remedy: format!("{}, or all others", unplug(id)),
     }
 }
 
@@ -216,14 +233,14 @@ mod tests {
     #[test]
     fn a_device_that_cannot_quiesce_moves_only_alone() {
         for flags in MigrationFlags::LEGAL {
-            assert_eq!(beside_others(Some(flags), 1), Migratable::Yes);
+            assert_eq!(beside_others("nic", Some(flags), 1), Migratable::Yes);
             let quiesces = flags.contains(MigrationFlags::P2P);
-            match beside_others(Some(flags), 3) {
+            match beside_others("nic", Some(flags), 3) {
                 Migratable::Yes => assert!(quiesces, "{flags:?}"),
                 Migratable::No { reason, remedy } => {
                     assert!(!quiesces, "{flags:?}");
                     assert!(reason.contains("one of 3 passthrough devices"), "{reason}");
-                    assert!(remedy.contains("unplug"), "{remedy}");
+                    assert!(remedy.contains("ferryctl remove-device nic"), "{remedy}");
                 }
             }
         }

@@ -19,7 +19,8 @@ use super::describe::misfits;
 use crate::api::ReceiveMigrationConfig;
 use crate::config::VmConfig;
 use crate::machine::{
-    BusState, CHIPS_ID, CPUS_ID, CpuState, CpuSwitch, Host, Machine, PCI_ID, VmChips,
+    BusState, CHIPS_ID, CPUS_ID, CpuState, CpuSwitch, HOTPLUG_ID, Host, Machine, PCI_ID, PlugState,
+    VmChips,
 };
 use crate::migration_events;
 use crate::notice::NoticeSender;
@@ -224,5 +225,8 @@ fn sinks(machine: &Machine) -> Result<Vec<Box<dyn StateSink>>, vm_migration::Sta
     }
     let bus = Arc::new(Mutex::new(BusState(Arc::clone(machine.devices().bus()))));
     sinks.push(Box::new(SnapshotSink::still(PCI_ID, bus)));
+    let hotplug = PlugState(Arc::clone(machine.devices().hotplug()));
+    let hotplug = Arc::new(Mutex::new(hotplug));
+    sinks.push(Box::new(SnapshotSink::still(HOTPLUG_ID, hotplug)));
     Ok(sinks)
 }

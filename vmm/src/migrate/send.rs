@@ -20,7 +20,10 @@ use super::describe as description;
 use super::dirty::VcpuDirty;
 use crate::api::SendMigrationConfig;
 use crate::config::VmConfig;
-use crate::machine::{BusState, CHIPS_ID, CPUS_ID, CpuState, CpuSwitch, Machine, PCI_ID, VmChips};
+use crate::machine::{
+    BusState, CHIPS_ID, CPUS_ID, CpuState, CpuSwitch, HOTPLUG_ID, Machine, PCI_ID, PlugState,
+    VmChips,
+};
 use crate::migration_events;
 use crate::notice::NoticeSender;
 
@@ -60,6 +63,14 @@ impl Sending {
         let (own_status, own_cancel) = (Arc::clone(&status), cancel.clone());
         let (events, done) = (tools.events.clone(), tools.done.clone());
         events.tell(Event::MigrationStarted);
+        for function in machine.devices().passthrough() {
+            let (source, why) = function.dirty_source();
+            events.tell(Event::MigrationDirtySource {
+                id: function.id.clone(),
+                source,
+                why,
+            });
+        }
         let body = move || {
             let mut tell = |event: &MigrationEvent| {
                 // That is said when what the guest leaves behind is gone.
@@ -232,5 +243,8 @@ fn state_sources(machine: &Machine) -> Vec<Box<dyn StateSource>> {
     }
     let bus = Arc::new(Mutex::new(BusState(Arc::clone(machine.devices().bus()))));
     sources.push(Box::new(SnapshotSource::still(PCI_ID, bus)));
+    let hotplug = PlugState(Arc::clone(machine.devices().hotplug()));
+    let hotplug = Arc::new(Mutex::new(hotplug));
+    sources.push(Box::new(SnapshotSource::still(HOTPLUG_ID, hotplug)));
     sources
 }

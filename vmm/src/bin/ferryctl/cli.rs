@@ -8,7 +8,9 @@ use vmm::api::{
     ReceiveDeviceConfig, ReceiveMigrationConfig, ReceiveNetConfig, ReceiveUserDeviceConfig,
     SendMigrationConfig, TimeoutStrategy,
 };
-use vmm::config::{ConsoleConfig, PlatformConfig, parse_size};
+use vmm::config::{
+    ConsoleConfig, DeviceConfig, NetConfig, PlatformConfig, UserDeviceConfig, parse_size,
+};
 
 /// Drives a ferry over its API socket.
 ///
@@ -58,6 +60,26 @@ pub(crate) enum Verb {
     Shutdown,
     /// Switches the VM off and forgets its configuration (PUT vm.delete).
     Delete,
+    /// Gives the VM a device of the host (PUT vm.add-device).
+    AddDevice {
+        /// The device, as `ferry --device` takes it.
+        device: DeviceConfig,
+    },
+    /// Gives the VM a device of a vfio-user server (PUT vm.add-user-device).
+    AddUserDevice {
+        /// The device, as `ferry --user-device` takes it.
+        device: UserDeviceConfig,
+    },
+    /// Gives the VM a network card (PUT vm.add-net).
+    AddNet {
+        /// The card, as `ferry --net` takes it.
+        net: NetConfig,
+    },
+    /// Asks the guest to eject a device, which is gone when it has (PUT vm.remove-device).
+    RemoveDevice {
+        /// The device's id, as `info` shows it.
+        id: String,
+    },
     /// Ends the ferry, and with it the VM (PUT vmm.shutdown).
     ShutdownVmm,
     /// Starts to move the VM to a ferry that waits for it (PUT vm.send-migration).

@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use serde::Serialize;
 use serde_json::Value;
-use vmm::api::ApiClient;
+use vmm::api::{ApiClient, PciDeviceInfo, RemoveDeviceConfig};
 use vmm::config::VmConfig;
 
 use cli::{Cli, Verb};
@@ -55,6 +55,13 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         Verb::Resume => tell(cli, "vm.resume"),
         Verb::Shutdown => tell(cli, "vm.shutdown"),
         Verb::Delete => tell(cli, "vm.delete"),
+        Verb::AddDevice { device } => add(cli, "vm.add-device", device),
+        Verb::AddUserDevice { device } => add(cli, "vm.add-user-device", device),
+        Verb::AddNet { net } => add(cli, "vm.add-net", net),
+        Verb::RemoveDevice { id } => {
+            let request = RemoveDeviceConfig { id: id.clone() };
+            Ok(client(cli)?.put_json("vm.remove-device", &request)?)
+        }
         Verb::ShutdownVmm => tell(cli, "vmm.shutdown"),
         Verb::CancelMigration => tell(cli, "vm.cancel-migration"),
         Verb::SendMigration { url, limits } => {
@@ -77,6 +84,14 @@ fn client(cli: &Cli) -> Result<ApiClient, Failure> {
 /// `GET endpoint`, printed.
 fn show(cli: &Cli, endpoint: &str) -> Result<(), Failure> {
     print_json(&client(cli)?.get::<Value>(endpoint)?)
+}
+
+/// Adds a device; where it is then is printed, if the VM runs.
+fn add(cli: &Cli, endpoint: &str, device: &impl Serialize) -> Result<(), Failure> {
+    match client(cli)?.put_for::<PciDeviceInfo>(endpoint, device)? {
+        Some(place) => print_json(&place),
+        None => Ok(()),
+    }
 }
 
 /// `PUT endpoint`.

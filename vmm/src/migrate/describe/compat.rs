@@ -120,17 +120,17 @@ fn sizes(sizes: &[u16]) -> String {
 /// What the device here lacks of the one at the source.
 pub(super) fn misfits(here: &DeviceManifest, there: &DeviceManifest) -> Vec<Refusal> {
     let remedy = match here.kind.as_str() {
-        super::PASSTHROUGH => {
+        super::PASSTHROUGH => format!(
             "give the destination a device of the same kind, its server started with the same \
-             options as at the source"
-        }
-        super::NET_ON_TAP => {
-            "run a release of Ferry there that offers the same, and let the configuration that \
-             moves decide what is offered"
-        }
-        _ => "migrate to a host with an equal device",
+             options as at the source; or {}",
+            super::unplug(&here.id)
+        ),
+        super::NET_ON_TAP => "run a release of Ferry there that offers the same, and let the \
+                              configuration that moves decide what is offered"
+            .to_owned(),
+        _ => "migrate to a host with an equal device".to_owned(),
     };
-    let refuse = |reason| Refusal::new(&here.id, reason, remedy);
+    let refuse = |reason| Refusal::new(&here.id, reason, &remedy);
     if here.kind != there.kind {
         let reason = format!(
             "it is a {} at the source and a {} here",

@@ -52,7 +52,7 @@ fn reasons(change: impl Fn(&mut DeviceProfile)) -> Vec<String> {
     for refusal in &refusals {
         let text = refusal.to_string();
         assert!(
-            text.contains("nic0") && text.contains("same options"),
+            text.contains("same options") && text.contains("ferryctl remove-device nic0"),
             "{text}"
         );
     }
