@@ -39,8 +39,9 @@
 //! names a wrong page (the first 16), `TRAP {…}` an exception, `PANIC` a bug.
 //!
 //! # Input
-//! One byte each: `v` audit all memory, `r` forget the longest gaps, `q` print
-//! a last `TICK` and `DONE` and power off.
+//! One byte each: `v` audit all memory, `r` forget the longest gaps, `h` eject the
+//! PCI devices that the machine wants back and say `HOTPLUG {…}`, `q` print a last
+//! `TICK` and `DONE` and power off.
 #![no_std]
 #![no_main]
 
@@ -49,6 +50,7 @@ mod boot_info;
 mod clock;
 mod cpu;
 mod dirty;
+mod hotplug;
 mod lapic;
 mod memory;
 mod mmio;

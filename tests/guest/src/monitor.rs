@@ -9,7 +9,7 @@ use crate::clock::{from_ms, reset_gaps, take_gaps, to_us, tsc_khz};
 use crate::dirty::progress;
 use crate::net::Nics;
 use crate::serial::{heard, say, say_with};
-use crate::{audit, power};
+use crate::{audit, hotplug, power};
 
 /// Bytes dirtied per page: a page is what a dirty log sees.
 const KIB_PER_PAGE: u64 = 4;
@@ -62,11 +62,12 @@ impl<'a> Monitor<'a> {
         self.watch_audit(now, nics);
     }
 
-    /// `v` audits all memory, `r` forgets the longest gap, `q` ends.
+    /// `v` audits all memory, `r` forgets the longest gap, `h` serves hot plug, `q` ends.
     fn obey(&mut self, byte: u8, now: u64, nics: &mut Nics) {
         match byte {
             b'v' => self.start_audit(now, nics),
             b'r' => (0..self.cpus).for_each(reset_gaps),
+            b'h' => hotplug::serve(nics),
             b'q' => {
                 if now != self.last_tick {
                     self.tick(now, nics);

@@ -13,6 +13,8 @@ use e2e::ferry::Ferry;
 use e2e::linux::{Kernel, Linux, LinuxConfig, in_lab, wait_reachable};
 use e2e::migration::Route;
 use e2e::netns;
+use e2e::process::wait_for;
+use serde_json::json;
 
 use crate::streams::{Direction, Stream};
 
@@ -39,6 +41,8 @@ pub(crate) struct Pair {
     driver: &'static str,
     /// Ways in which streams go.
     directions: &'static [Direction],
+    /// The guest is asked to eject it when the host wants it back.
+    gives_back: bool,
 }
 
 pub(crate) const VIRTIO: Pair = Pair {
@@ -46,6 +50,7 @@ pub(crate) const VIRTIO: Pair = Pair {
     place: "0000:00:10.0",
     driver: "virtio-pci",
     directions: &[Direction::In, Direction::Out],
+    gives_back: true,
 };
 const E1000E: Pair = Pair {
     index: 1,
@@ -53,6 +58,7 @@ const E1000E: Pair = Pair {
     driver: "e1000e",
     // What the lab's emulated card sends of a guest's stream stops after the first segments.
     directions: &[Direction::In],
+    gives_back: false,
 };
 
 impl Pair {
@@ -179,6 +185,35 @@ fn refuses_to_move(linux: &mut Linux, dir: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The guest loses the card while it runs, the host has it back, and the guest gets it again.
+fn replug(pair: &Pair, card: &Path, linux: &mut Linux) -> Result<()> {
+    let limit = Duration::from_secs(60);
+    let name = card.file_name().and_then(|name| name.to_str());
+    let name = name.context("no name")?;
+    if !pair.gives_back {
+        let id = json!({"id": "card"});
+        linux.ferry.api.put("vm.remove-device", Some(&id))?;
+        let removed = linux.ferry.wait_event("device-removed", limit);
+        removed.with_context(|| linux.ferry.last_words())?;
+    }
+    // The kernel waits here until the card is closed.
+    fs::write(card.join("driver/unbind"), name)?;
+    if pair.gives_back {
+        linux.ferry.wait_event("device-removal-requested", limit)?;
+        linux.ferry.wait_event("device-removed", limit)?;
+    }
+    fs::write("/sys/bus/pci/drivers_probe", name)?;
+    let device = json!({"id": "card", "path": card});
+    let place = linux.ferry.api.put("vm.add-device", Some(&device))?;
+    println!("plugged again: {place}");
+    let there = format!("grep -l {} /sys/class/net/*/address", pair.mac(2));
+    wait_for("the card in the guest", limit, || {
+        let found = linux.shell.run(&there, limit)?;
+        Ok((found.status == 0).then_some(()))
+    })
+    .with_context(|| linux.ferry.last_words())
+}
+
 fn passes_through(test: &str, pair: &Pair, vcpus: u8) -> Result<()> {
     if !in_lab(test) {
         return Ok(());
@@ -186,7 +221,8 @@ fn passes_through(test: &str, pair: &Pair, vcpus: u8) -> Result<()> {
     let card = pair.unbind()?;
     pair.set_up()?;
     let dir = tempfile::tempdir()?;
-    let device = format!("path={},id=card", card.display());
+    let back = if pair.gives_back { "on" } else { "off" };
+    let device = format!("path={},id=card,give_back={back}", card.display());
     let config = LinuxConfig::new(Kernel::Full6_12)
         .vcpus(vcpus)
         .options(&["--device", &device]);
@@ -204,6 +240,10 @@ fn passes_through(test: &str, pair: &Pair, vcpus: u8) -> Result<()> {
     linux.reboot(dir.path())?;
     pair.configure(&mut linux)?;
     pair.stream(&mut linux, dir.path(), "rebooted")?;
+
+    replug(pair, &card, &mut linux)?;
+    pair.configure(&mut linux)?;
+    pair.stream(&mut linux, dir.path(), "replugged")?;
     linux.power_off()
 }
 

@@ -6,6 +6,7 @@
 mod boot;
 mod hashes;
 mod host_devices;
+mod hotplug;
 mod iommufd;
 mod migrate;
 mod mock;

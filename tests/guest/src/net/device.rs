@@ -110,7 +110,13 @@ impl Device {
         Ok(device)
     }
 
-    fn reset(&self) -> Result<(), &'static str> {
+    /// Its slot on the bus.
+    pub(crate) const fn slot(&self) -> u8 {
+        self.function.slot().0
+    }
+
+    /// Has the function forget all that it was told.
+    pub(crate) fn reset(&self) -> Result<(), &'static str> {
         self.common.write(DEVICE_STATUS, 0u8);
         let start = tsc();
         while self.common.read::<u8>(DEVICE_STATUS) != 0 {

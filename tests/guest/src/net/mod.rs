@@ -58,6 +58,18 @@ impl Nics {
             .fold(false, |busy, nic| nic.poll(now) | busy)
     }
 
+    /// Stops the NICs in these slots (bit n for slot n) and forgets them.
+    pub(crate) fn let_go(&mut self, slots: u32) {
+        for place in &mut self.nics {
+            if let Some(nic) = place
+                && slots >> nic.slot() & 1 != 0
+            {
+                nic.stop();
+                *place = None;
+            }
+        }
+    }
+
     /// The NICs that work.
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Nic> {
         self.nics.iter_mut().flatten()

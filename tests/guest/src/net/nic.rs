@@ -177,6 +177,18 @@ impl Nic {
         self.receive.kick();
     }
 
+    /// Its slot on the bus.
+    pub(crate) const fn slot(&self) -> u8 {
+        self.device.slot()
+    }
+
+    /// Takes the device away from the memory that it knows.
+    pub(crate) fn stop(&mut self) {
+        if let Err(why) = self.device.reset() {
+            say!("FAIL nic {}: {why}", self.index);
+        }
+    }
+
     /// Offers the oldest kept buffer with a free receive descriptor.
     fn post(&mut self, descriptor: u16) {
         if let Some(buffer) = self.pool.give_up_oldest() {
