@@ -149,6 +149,14 @@ pub enum Event {
         /// The device.
         id: String,
     },
+    /// `virtio-device: hash-backend-fallback`: the kernel reported a wrong hash for a packet, and
+    /// Ferry hashes by itself until the guest's driver resets the device.
+    HashBackendFallback {
+        /// The device.
+        id: String,
+        /// What was wrong.
+        reason: String,
+    },
     /// `event-monitor: events-dropped`: the reader was too slow. Told by the writer itself.
     Dropped {
         /// How many events were lost just before this line.
@@ -187,7 +195,9 @@ impl Event {
             | Self::MigrationReceiveFinished
             | Self::MigrationReceiveFailed { .. }
             | Self::MigrationPhase { .. } => "vm",
-            Self::VirtioActivated { .. } | Self::VirtioReset { .. } => "virtio-device",
+            Self::VirtioActivated { .. }
+            | Self::VirtioReset { .. }
+            | Self::HashBackendFallback { .. } => "virtio-device",
             Self::Dropped { .. } => "event-monitor",
         }
     }
@@ -223,6 +233,7 @@ impl Event {
             Self::MigrationPhase { .. } => "migration-phase",
             Self::VirtioActivated { .. } => "activated",
             Self::VirtioReset { .. } => "reset",
+            Self::HashBackendFallback { .. } => "hash-backend-fallback",
             Self::Dropped { .. } => "events-dropped",
         }
     }

@@ -17,7 +17,7 @@ use libfuzzer_sys::fuzz_target;
 use net_util::flow::HEAD_BYTES;
 use net_util::hash::{HashConfig, HashKey, HashTypes};
 use net_util::header::{HeaderSize, HeaderV1Hash};
-use net_util::tap::Offloads;
+use net_util::tap::{HashAbi, KernelHash, Offloads};
 use net_util::toeplitz::{PacketHash, PacketHasher};
 use virtio_devices::queue::{Queue, QueuePosition, QueueSetup};
 use virtio_devices::{
@@ -87,6 +87,9 @@ impl NetBackend for Host {
     }
     fn set_attached(&self, _: bool) -> io::Result<()> {
         Ok(())
+    }
+    fn set_kernel_hash(&self, _: HashAbi, _: Option<&KernelHash<'_>>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 }
 

@@ -149,14 +149,16 @@ pub struct Cli {
         long_help = "virtio-net device; may be repeated: \
             tap=NAME|fd=N|fd=[N,…]|vhost_user=on,socket=SOCKET[,mac=ADDRESS]\
             [,mtu=BYTES][,num_queues=N][,queue_size=N][,hash_report=on|off|auto][,rss=on|off]\
-            [,hash_types=[TYPE,…]][,pci_device_id=SLOT][,id=NAME]\n\n\
+            [,hash_types=[TYPE,…]][,hash_backend=auto|kernel|software][,pci_device_id=SLOT]\
+            [,id=NAME]\n\n\
             vhost_user=on lets the process that listens on the socket serve the queues; it needs \
             --memory shared=on and knows no hashes. \
             num_queues counts receive and transmit queues together (2 to 254, default 2); queue_size \
             is a power of two (default 256); hash_report=on offers the guest each received packet's \
             hash, auto does so on a tap; rss=on lets the guest steer packets to its queues by their \
             hashes; hash_types narrows the types of hashes offered with either: ipv4, tcpv4, udpv4, \
-            ipv6, tcpv6, udpv6, ip_ex, tcp_ex, udp_ex (default: all).",
+            ipv6, tcpv6, udpv6, ip_ex, tcp_ex, udp_ex (default: all); hash_backend=software keeps the host's kernel from \
+            hashing and steering, kernel refuses a host that cannot hash.",
         help_heading = "Devices"
     )]
     pub net: Vec<NetConfig>,

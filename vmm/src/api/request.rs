@@ -280,6 +280,9 @@ pub struct ReceiveNetConfig {
     /// Its tap here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
+    /// Its open tap descriptors here, which the receiving ferry inherits, instead.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub fds: Vec<i32>,
     /// The socket of its vhost-user backend here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vhost_socket: Option<PathBuf>,
@@ -288,9 +291,9 @@ pub struct ReceiveNetConfig {
 impl ReceiveNetConfig {
     fn validate(&self) -> Result<(), ConfigError> {
         check_id(&self.id)?;
-        match (&self.tap, &self.vhost_socket) {
-            (Some(tap), None) => check_ifname(&self.id, tap),
-            (None, Some(_)) => Ok(()),
+        match (&self.tap, self.fds.is_empty(), &self.vhost_socket) {
+            (Some(tap), true, None) => check_ifname(&self.id, tap),
+            (None, false, None) | (None, true, Some(_)) => Ok(()),
             _ => Err(ConfigError::ReceivedBackend {
                 id: self.id.clone(),
             }),
@@ -308,13 +311,13 @@ impl ReceiveNetConfig {
                 return Err(other("a vhost-user backend", "vhost_socket"));
             };
             net.vhost_socket = Some(socket.clone());
-        } else {
-            let Some(tap) = &self.tap else {
-                return Err(other("a tap", "tap"));
-            };
-            net.tap = Some(tap.clone());
-            net.fds.clear();
+            return Ok(());
         }
+        if self.vhost_socket.is_some() {
+            return Err(other("a tap", "tap` or its `fds"));
+        }
+        net.tap.clone_from(&self.tap);
+        net.fds.clone_from(&self.fds);
         Ok(())
     }
 }
@@ -405,11 +408,19 @@ impl ReceiveMigrationConfig {
     /// # Errors
     /// [`ConfigError::UnknownDevice`] if a named device is not in `config`,
     /// [`ConfigError::OtherBackend`] if it is of another kind there, [`ConfigError::ForeignFd`] if a
-    /// device of the host that is not named has a descriptor at the source.
+    /// device that is not named has a descriptor at the source.
     pub fn apply_to(&self, config: &mut VmConfig) -> Result<(), ConfigError> {
         for here in &self.net {
             let net = config.net.iter_mut().find(|net| net.id == here.id);
             here.apply_to(net.ok_or_else(|| unknown(&here.id))?)?;
+        }
+        let named = |id: &str| self.net.iter().any(|here| here.id == id);
+        let mut nets = config.net.iter();
+        if let Some(net) = nets.find(|net| !net.fds.is_empty() && !named(&net.id)) {
+            return Err(ConfigError::ForeignFd {
+                what: format!("net {}", net.id),
+                key: "net",
+            });
         }
         for here in &self.devices {
             let mut devices = config.devices.iter_mut();

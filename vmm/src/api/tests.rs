@@ -116,7 +116,8 @@ fn the_document_describes_the_routes_and_the_types() {
         "memory": {"size": 2 << 20, "shared": true, "hugepages": true, "hugepage_size": 2 << 20,
             "dirty_log": "ring", "dirty_ring_entries": 1024},
         "payload": {"kernel": "k", "initramfs": "i", "cmdline": "c"},
-        "net": [{"tap": "t", "mtu": 1500, "rss": true, "hash_types": ["ipv4"], "pci_device_id": 9},
+        "net": [{"tap": "t", "mtu": 1500, "rss": true, "hash_types": ["ipv4"],
+            "hash_backend": "software", "pci_device_id": 9},
             {"vhost_user": true, "vhost_socket": "v"}],
         "serial": {"mode": "File", "file": "f"},
         "console": {"mode": "Socket", "socket": "s"},
@@ -545,8 +546,53 @@ fn a_destination_replaces_only_what_it_names() {
     assert!(error.to_string().contains("exactly one"), "{error}");
     receive.net.truncate(1);
     receive.net[0].id = "_net2".to_owned();
-    let error = receive.apply_to(&mut here).unwrap_err();
+    let error = receive.apply_to(&mut source.clone()).unwrap_err();
     assert!(error.to_string().contains("give its `vhost_socket`"));
+}
+
+#[test]
+fn a_card_on_descriptors_gets_those_of_the_destination() {
+    let text = r#"{"payload": {"kernel": "k"}, "net": [{"fds": [9, 10], "num_queues": 4}]}"#;
+    let source: VmConfig = serde_json::from_str(text).unwrap();
+    let source = source.validate().unwrap();
+    let receive = |net: &str| -> ReceiveMigrationConfig {
+        let text = format!(r#"{{"receiver_url": "unix:/x", "net": [{net}]}}"#);
+        serde_json::from_str(&text).unwrap()
+    };
+    // Not named, their numbers would be taken for others here.
+    let error = receive("").apply_to(&mut source.clone()).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("net _net0 has a descriptor at the source"),
+        "{error}"
+    );
+    let here = |net| {
+        let mut here = source.clone();
+        receive(net).validate()?.apply_to(&mut here)?;
+        here.validate()
+    };
+    let moved = here(r#"{"id": "_net0", "fds": [7, 8]}"#).unwrap();
+    assert_eq!(
+        (moved.net[0].fds.as_slice(), &moved.net[0].tap),
+        ([7, 8].as_slice(), &None)
+    );
+    assert_eq!(moved.net[0].mac, source.net[0].mac);
+    let to_tap = here(r#"{"id": "_net0", "tap": "t"}"#).unwrap();
+    assert!(to_tap.net[0].fds.is_empty());
+    for (net, told) in [
+        (r#"{"id": "_net0", "fds": [7]}"#, "one per pair"),
+        (r#"{"id": "_net0", "fds": [1, 7]}"#, "fd=1"),
+        (
+            r#"{"id": "_net0", "fds": [7, 8], "tap": "t"}"#,
+            "exactly one",
+        ),
+        (r#"{"id": "_net0"}"#, "exactly one"),
+        (r#"{"id": "_net0", "vhost_socket": "/s"}"#, "give its `tap`"),
+    ] {
+        let error = here(net).unwrap_err().to_string();
+        assert!(error.contains(told), "{net}: {error}");
+    }
 }
 
 #[test]

@@ -210,6 +210,15 @@ pub enum ConfigError {
         /// The device.
         id: String,
     },
+    /// Hashes by the kernel where kernels do not calculate them, or not right.
+    #[error(
+        "--net {id}: hash_backend=kernel needs rss=on and at least num_queues=4, as kernels report \
+         right hashes only so; add both or take hash_backend=auto"
+    )]
+    KernelHash {
+        /// The device.
+        id: String,
+    },
     /// A tap for a device with a vhost-user backend, or the reverse.
     #[error("net {id}: at the source it has {there}; give its `{key}`")]
     OtherBackend {
@@ -221,7 +230,7 @@ pub enum ConfigError {
         key: &'static str,
     },
     /// Not just one backend for a device that arrives.
-    #[error("net {id}: give exactly one of `tap` and `vhost_socket`")]
+    #[error("net {id}: give exactly one of `tap`, `fds` and `vhost_socket`")]
     ReceivedBackend {
         /// The device.
         id: String,

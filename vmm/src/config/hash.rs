@@ -76,6 +76,48 @@ impl fmt::Display for Offer {
     }
 }
 
+/// Who calculates hashes and steers by them (`hash_backend`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HashBackend {
+    /// The kernel as far as it can and is right, Ferry else.
+    #[default]
+    Auto,
+    /// As auto, but a host whose kernel cannot hash is refused.
+    Kernel,
+    /// Ferry, and the kernel is not asked.
+    Software,
+}
+
+impl HashBackend {
+    /// `auto`, `kernel` or `software`.
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        [Self::Auto, Self::Kernel, Self::Software]
+            .into_iter()
+            .find(|backend| backend.name() == text)
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Kernel => "kernel",
+            Self::Software => "software",
+        }
+    }
+
+    /// Whether it is what holds if nothing is said.
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+    pub(super) fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
+}
+
+impl fmt::Display for HashBackend {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(self.name())
+    }
+}
+
 /// Names of the hash types, in the order of their bits.
 const NAMES: [(&str, HashTypes); 9] = [
     ("ipv4", HashTypes::IPV4),
@@ -176,6 +218,21 @@ mod tests {
             assert!(serde_json::from_str::<Offer>(json).is_err(), "{json}");
         }
         assert_eq!(Offer::parse("maybe"), None);
+    }
+
+    #[test]
+    fn backends_have_one_name_everywhere() {
+        for (name, backend) in [
+            ("auto", HashBackend::Auto),
+            ("kernel", HashBackend::Kernel),
+            ("software", HashBackend::Software),
+        ] {
+            assert_eq!(HashBackend::parse(name), Some(backend));
+            assert_eq!(backend.to_string(), name);
+            let json = serde_json::to_string(&backend).unwrap();
+            assert_eq!(json, format!("\"{name}\""));
+        }
+        assert_eq!(HashBackend::parse("ebpf"), None);
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub use console::ConsoleConfig;
 pub(crate) use device::check_place;
 pub use device::{DeviceConfig, DirtyConfig};
 pub use error::ConfigError;
-pub use hash::{HashTypeSet, NoHashTypes, Offer};
+pub use hash::{HashBackend, HashTypeSet, NoHashTypes, Offer};
 pub use machine::{
     CpusConfig, DirtyLogConfig, MAX_CMDLINE_BYTES, MAX_VCPUS, MemoryConfig, PayloadConfig,
     RngConfig,

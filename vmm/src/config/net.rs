@@ -11,7 +11,7 @@ use net_util::hash::HashTypes;
 use serde::{Deserialize, Serialize};
 
 use super::error::ConfigError;
-use super::hash::{HashTypeSet, Offer};
+use super::hash::{HashBackend, HashTypeSet, Offer};
 use super::option::{OptionString, quote};
 
 /// The most virtqueues of one NIC, receive and transmit together: what the card takes.
@@ -139,6 +139,9 @@ pub struct NetConfig {
     /// Its slot on the guest's PCI bus; the lowest that is free if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_device_id: Option<u8>,
+    /// Who calculates hashes and steers by them.
+    #[serde(default, skip_serializing_if = "HashBackend::is_auto")]
+    pub hash_backend: HashBackend,
 }
 
 fn default_num_queues() -> u16 {
@@ -165,6 +168,7 @@ impl Default for NetConfig {
             rss: false,
             hash_types: None,
             pci_device_id: None,
+            hash_backend: HashBackend::Auto,
         }
     }
 }
@@ -187,6 +191,7 @@ impl FromStr for NetConfig {
             "rss",
             "hash_types",
             "pci_device_id",
+            "hash_backend",
         ];
         let keys = OptionString::parse("--net", allowed, text)?;
         Ok(Self {
@@ -211,6 +216,13 @@ impl FromStr for NetConfig {
                 text.parse().ok()
             })?,
             pci_device_id: keys.number("pci_device_id")?,
+            hash_backend: keys
+                .parsed(
+                    "hash_backend",
+                    "auto, kernel or software",
+                    HashBackend::parse,
+                )?
+                .unwrap_or_default(),
         })
     }
 }
@@ -249,6 +261,9 @@ impl fmt::Display for NetConfig {
         }
         if let Some(types) = self.hash_types {
             write!(out, ",hash_types={types}")?;
+        }
+        if self.hash_backend != HashBackend::Auto {
+            write!(out, ",hash_backend={}", self.hash_backend)?;
         }
         super::write_slot(out, self.pci_device_id)
     }
@@ -335,6 +350,7 @@ impl NetConfig {
             ("hash_report=on", self.hash_report == Offer::On),
             ("rss=on", self.rss),
             ("hash_types", self.hash_types.is_some()),
+            ("hash_backend", self.hash_backend != HashBackend::Auto),
         ];
         if let Some((option, _)) = given.iter().find(|(_, given)| *given && self.vhost_user) {
             return Err(ConfigError::VhostHash {
@@ -347,10 +363,16 @@ impl NetConfig {
                 id: self.id.clone(),
             });
         }
+        if self.hash_backend == HashBackend::Kernel && !(self.rss && self.queue_pairs() > 1) {
+            return Err(ConfigError::KernelHash {
+                id: self.id.clone(),
+            });
+        }
         Ok(())
     }
 
-    fn check_fds(&self) -> Result<(), ConfigError> {
+    /// Checks the numbers of descriptors that ferry inherits.
+    pub(crate) fn check_fds(&self) -> Result<(), ConfigError> {
         // 0 to 2 are the standard streams.
         if let Some(&fd) = self.fds.iter().find(|&&fd| fd <= 2) {
             return Err(ConfigError::NetFdNumber {

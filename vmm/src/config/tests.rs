@@ -86,15 +86,17 @@ fn option_strings_in_cloud_hypervisors_shapes() {
         (net.hash_report, net.mtu, net.id.as_str()),
         (Offer::On, Some(9000), "eth")
     );
-    let net: NetConfig = "tap=t,hash_report=auto,rss=on,hash_types=[tcpv4,udpv6]"
-        .parse()
-        .unwrap();
+    let net: NetConfig =
+        "tap=t,hash_report=auto,rss=on,hash_types=[tcpv4,udpv6],hash_backend=software"
+            .parse()
+            .unwrap();
     assert_eq!((net.hash_report, net.rss), (Offer::Auto, true));
     assert_eq!(
         net.offered_hash_types(),
         HashTypes::TCPV4 | HashTypes::UDPV6
     );
     assert!(net.reports_hashes());
+    assert_eq!(net.hash_backend, HashBackend::Software);
     let net: NetConfig = "fd=[3,4],num_queues=4".parse().unwrap();
     assert_eq!(net.fds, [3, 4]);
     let device: UserDeviceConfig = "socket=\"/tmp/a,b\",id=nic".parse().unwrap();
@@ -315,7 +317,12 @@ fn a_nic_that_cannot_work_is_refused() {
     for text in ["vhost_user=on", "tap=t,socket=/s"] {
         assert!(matches!(with(text), ConfigError::VhostSocket { .. }));
     }
-    for text in ["hash_report=on", "rss=on", "hash_types=ipv4"] {
+    for text in [
+        "hash_report=on",
+        "rss=on",
+        "hash_types=ipv4",
+        "hash_backend=software",
+    ] {
         let error = with(&format!("vhost_user=on,socket=/s,{text}"));
         assert!(matches!(error, ConfigError::VhostHash { .. }), "{text}");
     }
@@ -324,6 +331,14 @@ fn a_nic_that_cannot_work_is_refused() {
         "tap=t,hash_report=off,hash_types=[ipv4]",
     ] {
         assert!(matches!(with(text), ConfigError::HashTypesUnused { .. }));
+    }
+    for text in [
+        "rss=on",
+        "num_queues=4,hash_report=on",
+        "num_queues=2,rss=on",
+    ] {
+        let error = with(&format!("tap=t,hash_backend=kernel,{text}"));
+        assert!(matches!(error, ConfigError::KernelHash { .. }), "{text}");
     }
     // Where hashes cannot be reported, auto is off.
     let text = "vhost_user=on,socket=/s,hash_report=auto";
@@ -422,7 +437,7 @@ prop_compose! {
         mtu in option::of(any::<u16>()),
         num_queues: u16,
         queue_size: u16,
-        (hash_report, rss, types) in (0_u8..3, any::<bool>(), 0_u32..0x200),
+        (hash_report, rss, types, by) in (0_u8..3, any::<bool>(), 0_u32..0x200, 0_u8..3),
         (vhost_user, vhost_socket) in (any::<bool>(), option::of(path())),
         pci_device_id in option::of(any::<u8>()),
     ) -> NetConfig {
@@ -432,9 +447,11 @@ prop_compose! {
         let on = (0..).zip(names).filter(|(bit, _)| types >> bit & 1 != 0);
         let names: Vec<String> = on.map(|(_, name)| name.to_owned()).collect();
         let hash_types = names.try_into().ok();
+        let backends = [HashBackend::Auto, HashBackend::Kernel, HashBackend::Software];
+        let hash_backend = backends[usize::from(by)];
         NetConfig {
             id, tap, fds, vhost_user, vhost_socket, mac, mtu, num_queues, queue_size, hash_report,
-            rss, hash_types, pci_device_id,
+            rss, hash_types, hash_backend, pci_device_id,
         }
     }
 }

@@ -14,14 +14,13 @@ use devices::terminal::Terminal;
 use hypervisor::Vm;
 use parking_lot::Mutex;
 use pci::{HotPlug, PciBus, SharedDevice};
-use virtio_devices::net::features::HASH_REPORT;
 use virtio_devices::{
     Console, EntropySource, NetCounters, Rng, VhostUserHandle, VirtioDevice, VirtioPciDevice,
     VirtioPciParts,
 };
 use vm_migration::Pause;
 
-use super::net::NetOffer;
+use super::net::NetFunction;
 use super::passthrough::{self, PassthroughFunction};
 use super::pci::PciRoot;
 use super::{Host, MachineError, hotplug, net};
@@ -53,8 +52,8 @@ pub struct VirtioFunction {
     pub counters: Option<Arc<NetCounters>>,
     /// The process that serves its queues.
     pub vhost: Option<VhostUserHandle>,
-    /// What a network card on a tap offers, for a migration's manifest.
-    pub offer: Option<NetOffer>,
+    /// What is known of a network card on a tap.
+    pub net: Option<NetFunction>,
 }
 
 impl VirtioFunction {
@@ -195,14 +194,10 @@ impl Devices {
                 BTreeMap::from([("pty".to_owned(), path)]),
             );
         }
-        let hashing = |function: &&VirtioFunction| {
-            function.kind == net::TAP
-                && function.device.lock().offered_features() & HASH_REPORT != 0
-        };
-        for function in self.virtio.iter().filter(hashing) {
-            // The tap leaves the hash empty, the device's own thread fills it in.
-            let backend = ("hash_backend".to_owned(), "software".to_owned());
-            all.insert(function.id.clone(), BTreeMap::from([backend]));
+        for function in &self.virtio {
+            if let Some(facts) = function.net.as_ref().and_then(NetFunction::facts) {
+                all.insert(function.id.clone(), facts);
+            }
         }
         for function in &self.virtio {
             if let Some(vhost) = &function.vhost {
@@ -301,7 +296,7 @@ pub(super) fn function(
         device: Arc::new(Mutex::new(device)),
         counters,
         vhost: None,
-        offer: None,
+        net: None,
     })
 }
 

@@ -30,7 +30,7 @@ use crate::vcpu::{Surroundings, Vcpus};
 
 pub use devices::{Devices, VirtioFunction};
 pub use error::MachineError;
-pub use net::{NetOffer, TAP as NET_ON_TAP};
+pub use net::{NetFunction, NetOffer, TAP as NET_ON_TAP};
 pub use parts::{BusState, CpuState, CpuSwitch, PlugState, VmChips};
 pub(crate) use parts::{CHIPS_ID, CPUS_ID, HOTPLUG_ID, PCI_ID};
 pub use passthrough::{Origin, PassthroughFunction};

@@ -5,14 +5,15 @@ use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use event_monitor::Event;
 use net_util::hash::HashTypes;
-use net_util::tap::{Tap, TapName};
-use virtio_devices::net::{Net, NetBackend, NetOptions, NetTotals};
-use virtio_devices::{VhostUserNet, VhostUserOptions};
+use net_util::tap::{HashAbi, Tap, TapName};
+use virtio_devices::net::{Net, NetBackend, NetOptions, NetTotals, OffloadWatch};
+use virtio_devices::{KernelHelp, VhostUserNet, VhostUserOptions};
 
 use super::devices::{Board, VirtioFunction, function};
 use super::{Host, MachineError};
-use crate::config::NetConfig;
+use crate::config::{HashBackend, NetConfig};
 use crate::inherited;
 use crate::notice::ExitReason;
 
@@ -33,17 +34,42 @@ pub(super) fn card(
         let function = function(VHOST_USER, Box::new(net), None, host, board)?;
         return Ok(VirtioFunction { vhost, ..function });
     }
-    let net = on_tap(config)?;
-    let counters = net.counters();
+    let net = on_tap(config, host)?;
+    let (counters, offload) = (net.counters(), net.offload());
     let function = function(TAP, Box::new(net), Some(counters), host, board)?;
     let hashes = config.reports_hashes() || config.rss;
+    let offer = NetOffer {
+        pairs: config.queue_pairs(),
+        hash_types: hashes.then(|| config.offered_hash_types()),
+    };
     Ok(VirtioFunction {
-        offer: Some(NetOffer {
-            pairs: config.queue_pairs(),
-            hash_types: hashes.then(|| config.offered_hash_types()),
-        }),
+        net: Some(NetFunction { offer, offload }),
         ..function
     })
+}
+
+/// What is known of a network card on a tap.
+#[derive(Clone, Debug)]
+pub struct NetFunction {
+    /// For a migration's manifest.
+    pub offer: NetOffer,
+    /// What the kernel does for it.
+    pub offload: OffloadWatch,
+}
+
+impl NetFunction {
+    /// Who hashes and steers, for `vm.info`, if hashes are offered.
+    pub(super) fn facts(&self) -> Option<BTreeMap<String, String>> {
+        self.offer.hash_types?;
+        let status = self.offload.status();
+        let facts = [
+            ("hash_backend", status.hashes.to_string()),
+            ("steering", status.steering.to_string()),
+            ("hash_backend_reason", status.why),
+        ];
+        let told = facts.into_iter().filter(|(_, fact)| !fact.is_empty());
+        Some(told.map(|(name, fact)| (name.to_owned(), fact)).collect())
+    }
 }
 
 /// What a card on a tap offers its driver besides features.
@@ -81,7 +107,7 @@ fn on_backend(
 }
 
 /// A card on a tap.
-fn on_tap(config: &NetConfig) -> Result<Net, MachineError> {
+fn on_tap(config: &NetConfig, host: &Host) -> Result<Net, MachineError> {
     let id = &config.id;
     let pairs = NonZeroU16::new(config.num_queues / 2).unwrap_or(NonZeroU16::MIN);
     let tap = match &config.tap {
@@ -115,8 +141,53 @@ fn on_tap(config: &NetConfig) -> Result<Net, MachineError> {
         rss: config.rss,
         hash_types: config.offered_hash_types(),
     };
-    Net::new(options, backends).map_err(MachineError::device(id))
+    let net = Net::new(options, backends).map_err(MachineError::device(id))?;
+    Ok(match kernel_help(config, host)? {
+        Some(help) => net.with_kernel_help(help),
+        None => net,
+    })
 }
+
+/// What the kernel may be asked to do for the card of `config`: nothing where it has no choice of
+/// queues, or is not to be asked.
+fn kernel_help(config: &NetConfig, host: &Host) -> Result<Option<KernelHelp>, MachineError> {
+    let id = &config.id;
+    let required = match config.hash_backend {
+        HashBackend::Software => return Ok(None),
+        HashBackend::Auto if !config.rss || config.queue_pairs() < 2 => return Ok(None),
+        HashBackend::Auto => false,
+        HashBackend::Kernel => true,
+    };
+    let abi = match HashAbi::probe() {
+        Ok(HashAbi::None) if required => return Err(MachineError::device(id)(NoKernelHash)),
+        Ok(abi) => abi,
+        Err(error) if required => return Err(MachineError::device(id)(error)),
+        Err(error) => {
+            // A card on descriptors works without a way to open taps.
+            tracing::debug!(%error, "what the kernel's taps hash is not known");
+            HashAbi::None
+        }
+    };
+    let (events, card) = (host.events.clone(), id.clone());
+    Ok(Some(KernelHelp {
+        abi,
+        steering: Err("no steering program is loaded".to_owned()),
+        on_mistrust: Box::new(move |reason| {
+            events.tell(Event::HashBackendFallback {
+                id: card.clone(),
+                reason: reason.to_owned(),
+            });
+        }),
+    }))
+}
+
+/// The host's kernel cannot hash, and nothing else will do.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "hash_backend=kernel, but the taps of this kernel cannot hash (no released kernel's can): use \
+     hash_backend=auto"
+)]
+struct NoKernelHash;
 
 /// A card's counters by name.
 pub(super) fn counters(totals: &NetTotals) -> BTreeMap<String, u64> {

@@ -106,8 +106,8 @@ fn entry(id: &str, kind: &str, compat: Compat, max_state: usize) -> DeviceManife
 fn virtio_entry(function: &VirtioFunction, memory: &MemoryHandle) -> DeviceManifest {
     let features = function.device.lock().offered_features();
     let mut compat = compat([(compat::FEATURES, format!("{features:#x}"))]);
-    if let Some(offer) = &function.offer {
-        compat.extend(compat::of_net(offer));
+    if let Some(net) = &function.net {
+        compat.extend(compat::of_net(&net.offer));
     }
     let max_state = VirtioPciDevice::MAX_STATE_BYTES;
     let entry = entry(&function.id, function.kind, compat, max_state);

@@ -306,8 +306,13 @@ impl Net {
             }
         }
         self.shared
-            .begin(size == HeaderSize::V1Hash)
+            .begin(size == HeaderSize::V1Hash, self.hands_over(features))
             .map_err(host("attaching the queues in use"))
+    }
+
+    /// Whether packets may be for another queue than the one they come from.
+    fn hands_over(&self, features: u64) -> bool {
+        features & features::RSS != 0 && self.max_pairs > 1
     }
 
     fn limits(&self, features: u64) -> MqLimits {
@@ -393,9 +398,7 @@ impl VirtioDevice for Net {
         // Dropping the workers joins them.
         self.workers = None;
         self.announcer = None;
-        self.shared.forget_waiting();
-        self.shared.classifier.trust.heal();
-        self.shared.replace(Runtime::default());
+        self.shared.reset();
     }
 
     fn save(&self) -> Result<Vec<u8>, DeviceError> {

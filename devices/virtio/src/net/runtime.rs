@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use net_util::config::{STATUS_ANNOUNCE, STATUS_LINK_UP};
 use net_util::ctrl::RssConfig;
@@ -88,6 +87,17 @@ struct HostError {
     cause: io::Error,
 }
 
+/// The driver that is served.
+#[derive(Clone, Copy, Debug, Default)]
+struct Served {
+    /// Hashes are reported to it.
+    report: bool,
+    /// Workers hand packets to each other.
+    hands_over: bool,
+    /// Queues of the interface that are attached; 0 if that is not known.
+    attached: u16,
+}
+
 /// The runtime settings and what they act on.
 pub(super) struct Shared {
     backends: Vec<Arc<dyn NetBackend>>,
@@ -95,8 +105,8 @@ pub(super) struct Shared {
     pub(super) classifier: Arc<ClassifierCell>,
     /// The kernel's help, if it is to be asked.
     offload: Mutex<Option<Offload>>,
-    /// Hashes are reported to the driver that is served.
-    report: AtomicBool,
+    /// What the driver that is served negotiated.
+    served: Mutex<Served>,
     /// The way of packets from one pair to another, if RSS is offered.
     pub(super) exchange: Option<Arc<Exchange>>,
     /// While the workers do not run: packets that were read and not delivered, by pair.
@@ -111,7 +121,7 @@ impl Shared {
             classifier: Arc::new(ClassifierCell::new(&runtime.hashing, runtime.pairs)),
             runtime: Mutex::new(runtime),
             offload: Mutex::new(None),
-            report: AtomicBool::new(false),
+            served: Mutex::default(),
             exchange,
             waiting: Mutex::default(),
         }
@@ -139,12 +149,16 @@ impl Shared {
         }
     }
 
-    /// A driver is served from now on, and hashes are reported to it if `report`: attaches the
-    /// queues in use and has the kernel help.
-    pub(super) fn begin(&self, report: bool) -> io::Result<()> {
-        self.report.store(report, Ordering::Relaxed);
+    /// A driver is served from now on, and hashes are reported to it if `report`; if `hands_over`,
+    /// workers hand packets to each other. Attaches the queues in use and has the kernel help.
+    pub(super) fn begin(&self, report: bool, hands_over: bool) -> io::Result<()> {
         let Runtime { pairs, hashing, .. } = self.runtime();
-        self.attach(pairs)?;
+        {
+            let mut served = self.served.lock();
+            served.report = report;
+            served.hands_over = hands_over;
+        }
+        self.attach_at_least(pairs)?;
         let kernel = self.ask_for_help(&hashing, pairs);
         self.classifier.set(&hashing, pairs, kernel);
         Ok(())
@@ -160,7 +174,7 @@ impl Shared {
         let wish = Wish {
             hashing,
             pairs,
-            report: self.report.load(Ordering::Relaxed),
+            report: self.served.lock().report,
             trusted: trust.is_whole(),
         };
         let status = offload.apply(first.as_ref(), wish);
@@ -192,6 +206,14 @@ impl Shared {
         let waiting = self.waiting.lock();
         let packets = |(pair, batch): (&u16, &Batch)| (*pair, batch.to_packets());
         waiting.iter().map(packets).collect()
+    }
+
+    /// The driver reset the card; the workers have stopped.
+    pub(super) fn reset(&self) {
+        self.forget_waiting();
+        self.classifier.trust.heal();
+        *self.served.lock() = Served::default();
+        self.replace(Runtime::default());
     }
 
     /// Forgets all packets that wait; the workers have stopped.
@@ -247,31 +269,43 @@ impl Shared {
     }
 
     /// Uses the first `pairs` pairs by `hashing`. On error all is as before.
-    ///
-    /// Queues that come into use are attached before packets are steered to them, and those that go
-    /// out of use are detached when packets no longer are.
     fn steer(&self, hashing: Hashing, pairs: u16) -> io::Result<()> {
-        let before = self.runtime();
-        let both = before.pairs.max(pairs);
-        if let Err(error) = self.attach(both) {
-            self.put_back(&before);
-            return Err(error);
-        }
+        let before = self.served.lock().attached;
+        // First those that come into use, before packets are steered to them.
+        self.attach_or_put_back(before.max(pairs), before)?;
+        let old = self.runtime();
         self.publish(hashing, pairs);
-        if both > pairs
-            && let Err(error) = self.attach(pairs)
-        {
-            self.publish(before.hashing.clone(), before.pairs);
-            self.put_back(&before);
+        if let Err(error) = self.attach_at_least(pairs) {
+            self.publish(old.hashing, old.pairs);
             return Err(error);
         }
         Ok(())
     }
 
-    fn put_back(&self, before: &Runtime) {
-        if let Err(error) = self.attach(before.pairs) {
-            tracing::error!(%error, "queues could not be put back as they were");
+    /// Attaches the first `pairs` queues, and detaches the others unless that would lose packets.
+    ///
+    /// The kernel drops what is in a queue that it detaches, and it chooses queues until then. So a
+    /// queue that was in use stays attached where its worker hands over what still comes to it.
+    fn attach_at_least(&self, pairs: u16) -> io::Result<()> {
+        let (before, stay) = {
+            let served = self.served.lock();
+            (served.attached, served.hands_over)
+        };
+        let pairs = if stay { before.max(pairs) } else { pairs };
+        self.attach_or_put_back(pairs, before)
+    }
+
+    fn attach_or_put_back(&self, pairs: u16, before: u16) -> io::Result<()> {
+        let attached = self.attach(pairs);
+        match attached {
+            Ok(()) => self.served.lock().attached = pairs,
+            Err(_) => {
+                if let Err(error) = self.attach(before) {
+                    tracing::error!(%error, "queues could not be put back as they were");
+                }
+            }
         }
+        attached
     }
 
     pub(super) fn set_offloads(&self, bits: u64, offloads: Offloads) -> io::Result<()> {

@@ -181,8 +181,9 @@ impl SendLimits {
 /// What the destination is told: what is called differently on its host.
 #[derive(Debug, Args)]
 pub(crate) struct ReceiveDevices {
-    /// The tap a virtio-net device has at the destination; may be repeated.
-    #[arg(long, value_name = "ID@TAP")]
+    /// The tap a virtio-net device has at the destination, or the tap descriptors that ferry
+    /// inherited there, one per queue pair; may be repeated.
+    #[arg(long, value_name = "ID@TAP|ID@fd=[N,…]")]
     pub(crate) net: Vec<Placed>,
     /// The socket of the vhost-user backend a virtio-net device has at the destination; may be
     /// repeated.
@@ -208,14 +209,19 @@ pub(crate) struct ReceiveDevices {
 
 impl ReceiveDevices {
     pub(crate) fn receive_config(&self, url: &str) -> ReceiveMigrationConfig {
-        let taps = self.net.iter().map(|placed| ReceiveNetConfig {
-            id: placed.id.clone(),
-            tap: Some(placed.place.clone()),
-            vhost_socket: None,
+        let taps = self.net.iter().map(|placed| {
+            let fds = placed.fds();
+            ReceiveNetConfig {
+                id: placed.id.clone(),
+                tap: fds.is_none().then(|| placed.place.clone()),
+                fds: fds.unwrap_or_default(),
+                vhost_socket: None,
+            }
         });
         let sockets = self.net_socket.iter().map(|placed| ReceiveNetConfig {
             id: placed.id.clone(),
             tap: None,
+            fds: Vec::new(),
             vhost_socket: Some(PathBuf::from(&placed.place)),
         });
         let devices = self.device.iter().map(|placed| {
@@ -252,6 +258,21 @@ impl ReceiveDevices {
 pub(crate) struct Placed {
     id: String,
     place: String,
+}
+
+impl Placed {
+    /// The numbers in `fd=N` and `fd=[N,…]`.
+    fn fds(&self) -> Option<Vec<i32>> {
+        let list = self.place.strip_prefix("fd=")?;
+        let inner = match list.strip_prefix('[') {
+            Some(rest) => rest.strip_suffix(']')?,
+            None => list,
+        };
+        inner
+            .split(',')
+            .map(|number| number.trim().parse().ok())
+            .collect()
+    }
 }
 
 impl FromStr for Placed {
@@ -334,7 +355,7 @@ mod tests {
     fn a_whole_migration_on_one_line() {
         let cli = parse(
             "migrate --from /a --to /b --url tcp:h:1 --net _net0@tap1 --net _net1@tap2 \
-             --net-socket _net2@/vhost --user-device _user0@/nic --device _vfio0@/sys/x --device _vfio1@fd=7 --platform iommufd=on \
+             --net _net3@fd=[7,8] --net _net4@fd=9 --net-socket _net2@/vhost --user-device _user0@/nic --device _vfio0@/sys/x --device _vfio1@fd=7 --platform iommufd=on \
              --serial file=/log --downtime-ms 50 --max-bandwidth 10M --json",
         )
         .unwrap();
@@ -343,7 +364,12 @@ mod tests {
         };
         let receive = order.devices.receive_config(&order.url).validate().unwrap();
         assert_eq!(receive.net[1].tap.as_deref(), Some("tap2"));
-        assert_eq!(receive.net[2].vhost_socket, Some(PathBuf::from("/vhost")));
+        assert_eq!(
+            (receive.net[2].fds.as_slice(), &receive.net[2].tap),
+            ([7, 8].as_slice(), &None)
+        );
+        assert_eq!(receive.net[3].fds, [9]);
+        assert_eq!(receive.net[4].vhost_socket, Some(PathBuf::from("/vhost")));
         assert_eq!(receive.user_devices[0].socket, PathBuf::from("/nic"));
         assert_eq!(receive.devices[0].path, Some(PathBuf::from("/sys/x")));
         assert_eq!(receive.devices[1].fd, Some(7));
