@@ -20,7 +20,7 @@ use net_util::hash::HashReport;
 use net_util::toeplitz::PacketHash;
 use parking_lot::Mutex;
 
-use super::offload::{HashedBy, OffloadStatus};
+use super::offload::{HashedBy, OffloadStatus, OnMistrust};
 
 /// Packets of each type that a worker checks first.
 pub(super) const FIRST: u8 = 64;
@@ -36,7 +36,7 @@ const REPORTS: usize = 10;
 /// What a card knows of its kernel's help, for all its threads.
 pub(super) struct Trust {
     mistrusted: AtomicBool,
-    on_mistrust: Mutex<Option<Box<dyn Fn(&str) + Send + Sync>>>,
+    on_mistrust: Mutex<Option<OnMistrust>>,
     status: Mutex<OffloadStatus>,
 }
 
@@ -64,7 +64,7 @@ impl Default for Trust {
 
 impl Trust {
     /// Tells `on_mistrust` from now on.
-    pub(super) fn tell(&self, on_mistrust: Box<dyn Fn(&str) + Send + Sync>) {
+    pub(super) fn tell(&self, on_mistrust: OnMistrust) {
         *self.on_mistrust.lock() = Some(on_mistrust);
     }
 

@@ -60,7 +60,7 @@ use zerocopy::little_endian::U16;
 
 pub use backend::NetBackend;
 pub use counters::{NetCounters, NetTotals};
-pub use offload::{HashedBy, KernelHelp, OffloadStatus, QueueSteering, SteeredBy};
+pub use offload::{HashedBy, KernelHelp, OffloadStatus, OnMistrust, QueueSteering, SteeredBy};
 
 use crate::device::{
     Activation, DeviceError, DeviceType, VirtioDevice, feature, read_config_bytes,

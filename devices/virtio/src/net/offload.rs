@@ -81,6 +81,9 @@ pub trait QueueSteering: Send {
     fn steer(&mut self, table: Option<&RssConfig>) -> io::Result<()>;
 }
 
+/// Is told why the kernel's hash reports are not believed any more.
+pub type OnMistrust = Box<dyn Fn(&str) + Send + Sync>;
+
 /// What the kernel may be asked to do for a card.
 pub struct KernelHelp {
     /// How its taps hash, if they can.
@@ -89,7 +92,7 @@ pub struct KernelHelp {
     pub steering: Result<Box<dyn QueueSteering>, String>,
     /// Told, once until the card is reset, when the kernel's reports turn out to be wrong, and why
     /// that is known.
-    pub on_mistrust: Box<dyn Fn(&str) + Send + Sync>,
+    pub on_mistrust: OnMistrust,
 }
 
 impl fmt::Debug for KernelHelp {
@@ -197,6 +200,13 @@ impl Offload {
         if !wish.trusted {
             return Err("the kernel reported wrong hashes".to_owned());
         }
+        let types = table.hash().types;
+        if !types.is_subset_of(self.abi.types()) {
+            return Err(format!(
+                "this kernel's taps hash {:?}, not all of {types:?}",
+                self.abi.types()
+            ));
+        }
         if self.set == Set::Program {
             self.clear(backend);
         }
@@ -206,7 +216,7 @@ impl Offload {
                 table: table.table(),
                 unclassified: table.unclassified(),
             }),
-            types: table.hash().types,
+            types,
             key: table.hash().key,
             queues: wish.pairs,
         };

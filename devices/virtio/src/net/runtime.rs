@@ -334,6 +334,13 @@ impl Shared {
     }
 }
 
+impl Drop for Shared {
+    /// A tap that outlives the card is not to hash or steer for the next one.
+    fn drop(&mut self) {
+        self.decline_help();
+    }
+}
+
 impl Target for Arc<Shared> {
     fn carry_out(&self, command: Command) -> Result<(), Refusal> {
         let host =

@@ -7,6 +7,7 @@ use net_util::tap::{Tap, TapName};
 use vm_migration::state::{Pause, SaveRestore};
 
 use super::control::hash_config;
+use super::rss::{Guest, MQ, TYPES, datagram, hash_of, queue_of, rss_config};
 use super::*;
 
 /// A socket that sends and receives whole frames on the interface `name`.
@@ -201,4 +202,46 @@ fn queues_are_detached_and_attached_again() {
         }
         card.driver.kick(2);
     }
+}
+
+#[test]
+fn tables_hold_whatever_the_kernel_chooses() {
+    let tap = match tap("ferryvt2", 4) {
+        Ok(tap) => tap,
+        Err(reason) => {
+            println!("SKIP: tables_hold_whatever_the_kernel_chooses: {reason}");
+            return;
+        }
+    };
+    let socket = packet_socket("ferryvt2");
+    let rss = NetOptions {
+        rss: true,
+        ..options()
+    };
+    let net = Net::new(rss, backends(tap)).unwrap();
+    let mut guest = Guest::of(4, net, MQ | features::HASH_REPORT);
+    guest.post_all(48);
+    for table in [[3, 1, 0, 2], [0, 0, 0, 0], [1, 1, 2, 2]] {
+        assert_eq!(guest.command(&rss_config(TYPES, &table, 3, 4)), 0);
+        for flow in 0..64 {
+            let queue = queue_of(flow, &table);
+            (&socket).write_all(&datagram(flow, 7, 100)).unwrap();
+            // Past others that the host sends by itself.
+            let packet = loop {
+                let packet = guest.wait_packet(queue);
+                guest.post(queue, 1);
+                if packet[32..34] == [8, 0] && packet[46..50] == [10, 0, 0, 1] {
+                    break packet;
+                }
+            };
+            let seen = guest.read(&packet);
+            assert_eq!(
+                (seen.flow, seen.hash, seen.report),
+                (flow, hash_of(flow), 3)
+            );
+        }
+    }
+    let totals = guest.card.counters.totals();
+    assert!(totals.rx_handed_over > 0, "the kernel knows no table");
+    assert_eq!((totals.rx_dropped, totals.rx_hand_over_dropped), (0, 0));
 }

@@ -70,7 +70,7 @@ pub(super) fn hash_of(flow: u16) -> u32 {
 }
 
 /// Which of `table` the flow goes to.
-fn queue_of(flow: u16, table: &[u16]) -> u16 {
+pub(super) fn queue_of(flow: u16, table: &[u16]) -> u16 {
     table[usize::try_from(hash_of(flow)).unwrap() & (table.len() - 1)]
 }
 
@@ -101,12 +101,12 @@ pub(super) struct Guest {
 
 impl Guest {
     fn new(host: &Host, features: u64) -> Self {
-        Self::of(host, host.net(), features)
+        let pairs = u16::try_from(host.ends.len()).unwrap();
+        Self::of(pairs, host.net(), features)
     }
 
-    /// One with the card `net` on the host's ends.
-    pub(super) fn of(host: &Host, net: Net, features: u64) -> Self {
-        let pairs = u16::try_from(host.ends.len()).unwrap();
+    /// One with the card `net` of so many pairs.
+    pub(super) fn of(pairs: u16, net: Net, features: u64) -> Self {
         Self {
             card: card_of(net, features, &Self::sizes(pairs)),
             pairs,
@@ -115,7 +115,7 @@ impl Guest {
             } else {
                 12
             },
-            buffers: vec![BTreeMap::new(); host.ends.len()],
+            buffers: vec![BTreeMap::new(); usize::from(pairs)],
         }
     }
 
@@ -140,7 +140,7 @@ impl Guest {
     }
 
     /// Gives `count` buffers to the receive queue of `pair`.
-    fn post(&mut self, pair: u16, count: u64) {
+    pub(super) fn post(&mut self, pair: u16, count: u64) {
         let (ring, place) = (usize::from(pair) * 2, usize::from(pair));
         for _ in 0..count {
             let free = (0..64).find(|slot| {
