@@ -219,14 +219,19 @@ const VFIO_SETUP: &[Ioctl] = &[
     Request(0x3b72), // VFIO_IOMMU_UNMAP_DMA
     Request(0x3b76), // VFIO_DEVICE_BIND_IOMMUFD
     Request(0x3b77), // VFIO_DEVICE_ATTACH_IOMMUFD_PT
-    Request(0x3b78), // VFIO_DEVICE_DETACH_IOMMUFD_PT
-    Request(0x3b80), // IOMMU_DESTROY
     Request(0x3b81), // IOMMU_IOAS_ALLOC
     Request(0x3b84), // IOMMU_IOAS_IOVA_RANGES
     Request(0x3b85), // IOMMU_IOAS_MAP
     Request(0x3b86), // IOMMU_IOAS_UNMAP
     Request(0x3b89), // IOMMU_HWPT_ALLOC
     Request(0x3b8a), // IOMMU_GET_HW_INFO
+];
+
+/// Letting go of a device of the host (`linux/vfio.h`, `linux/iommufd.h`, `linux/kvm.h`).
+const VFIO_RELEASE: &[Ioctl] = &[
+    Request(0x3b78), // VFIO_DEVICE_DETACH_IOMMUFD_PT
+    Request(0x3b80), // IOMMU_DESTROY
+    Request(0xaee1), // KVM_SET_DEVICE_ATTR
 ];
 
 /// What a guest's driver asks of a device of the host: interrupts (`linux/vfio.h`).
@@ -323,6 +328,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 TAP_CONTROL,
                 TERMINALS,
                 VFIO_SETUP,
+                VFIO_RELEASE,
                 VFIO_IRQS,
                 VFIO_STATE,
             ],
@@ -364,7 +370,8 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
             resolves: false,
             starts: &[],
         },
-        // Goes on with the VM where it was if the migration fails: devices start again.
+        // Goes on with the VM where it was if the migration fails: devices start again. Lets go of it
+        // if all went well.
         ThreadKind::MigrationSend => Profile {
             calls: &[
                 RUNTIME,
@@ -383,6 +390,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 TAP_START,
                 TAP_CONTROL,
                 VFIO_IRQS,
+                VFIO_RELEASE,
                 VFIO_STATE,
                 &[FIONBIO, FIONREAD],
             ],
@@ -409,6 +417,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 TAP_CONTROL,
                 TERMINALS,
                 VFIO_SETUP,
+                VFIO_RELEASE,
                 VFIO_IRQS,
                 VFIO_STATE,
             ],
