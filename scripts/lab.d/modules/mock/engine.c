@@ -105,7 +105,8 @@ static int dma_write(struct mock_device *mock, u64 iova, const void *data, size_
 	lockdep_assert_held(&mock->dma_lock);
 	/* Noted first, and even if it fails: it may have been done in part. */
 	mock_log_write(mock, iova, length);
-	ret = vfio_dma_rw(&mock->vdev, iova, (void *)data, length, true);
+	ret = mock_has_iommu ? mock_iommu_write(mock, iova, data, length) :
+			       vfio_dma_rw(&mock->vdev, iova, (void *)data, length, true);
 	mock->stats.dma_writes++;
 	if (ret) {
 		mock->regs.status = -ret;

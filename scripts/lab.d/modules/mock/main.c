@@ -25,6 +25,9 @@ MODULE_PARM_DESC(state_bytes, "opaque state of each device (default 1 MiB, at mo
 static bool dirty_log = true;
 module_param(dirty_log, bool, 0444);
 MODULE_PARM_DESC(dirty_log, "whether the devices log their DMA (default yes)");
+bool mock_has_iommu;
+module_param_named(iommu, mock_has_iommu, bool, 0444);
+MODULE_PARM_DESC(iommu, "an IOMMU of their own, with dirty bits, instead of VFIO's emulation (default no)");
 
 struct workqueue_struct *mock_workqueue;
 static struct platform_device *platform_devices[DEVICES_MAX];
@@ -158,15 +161,20 @@ static const struct vfio_device_ops mock_ops = {
 	.detach_ioas = vfio_iommufd_emulated_detach_ioas,
 };
 
+/* The same behind the IOMMU. */
+static struct vfio_device_ops mock_physical_ops;
+
 static int mock_probe(struct platform_device *pdev)
 {
-	struct mock_device *mock = vfio_alloc_device(mock_device, vdev, &pdev->dev, &mock_ops);
+	struct mock_device *mock = vfio_alloc_device(mock_device, vdev, &pdev->dev,
+						     mock_has_iommu ? &mock_physical_ops : &mock_ops);
 	int ret;
 
 	if (IS_ERR(mock))
 		return PTR_ERR(mock);
 	platform_set_drvdata(pdev, mock);
-	ret = vfio_register_emulated_iommu_dev(&mock->vdev);
+	ret = mock_has_iommu ? vfio_register_group_dev(&mock->vdev) :
+			       vfio_register_emulated_iommu_dev(&mock->vdev);
 	if (ret)
 		vfio_put_device(&mock->vdev);
 	return ret;
@@ -187,6 +195,8 @@ static struct platform_driver mock_driver = {
 		.name = MOCK_NAME,
 		.dev_groups = mock_groups,
 	},
+	/* The users of VFIO have them, behind whichever IOMMU. */
+	.driver_managed_dma = true,
 };
 
 static void remove_devices(void)
@@ -201,12 +211,19 @@ static int add_devices(void)
 {
 	struct platform_device *pdev;
 	unsigned int i;
+	int ret;
 
 	for (i = 0; i < devices; i++) {
-		pdev = platform_device_register_simple(MOCK_NAME, i, NULL, 0);
-		if (IS_ERR(pdev)) {
+		pdev = platform_device_alloc(MOCK_NAME, i);
+		ret = pdev ? 0 : -ENOMEM;
+		if (!ret && mock_has_iommu)
+			ret = mock_iommu_adopt(&pdev->dev);
+		if (!ret)
+			ret = platform_device_add(pdev);
+		if (ret) {
+			platform_device_put(pdev);
 			remove_devices();
-			return PTR_ERR(pdev);
+			return ret;
 		}
 		platform_devices[i] = pdev;
 	}
@@ -223,6 +240,14 @@ static int __init mock_module_init(void)
 	mock_workqueue = alloc_workqueue(MOCK_NAME, WQ_UNBOUND, 0);
 	if (!mock_workqueue)
 		return -ENOMEM;
+	mock_physical_ops = mock_ops;
+	mock_physical_ops.bind_iommufd = vfio_iommufd_physical_bind;
+	mock_physical_ops.unbind_iommufd = vfio_iommufd_physical_unbind;
+	mock_physical_ops.attach_ioas = vfio_iommufd_physical_attach_ioas;
+	mock_physical_ops.detach_ioas = vfio_iommufd_physical_detach_ioas;
+	ret = mock_has_iommu ? mock_iommu_init() : 0;
+	if (ret)
+		goto no_iommu;
 	ret = platform_driver_register(&mock_driver);
 	if (ret)
 		goto no_driver;
@@ -234,6 +259,9 @@ static int __init mock_module_init(void)
 no_devices:
 	platform_driver_unregister(&mock_driver);
 no_driver:
+	if (mock_has_iommu)
+		mock_iommu_exit();
+no_iommu:
 	destroy_workqueue(mock_workqueue);
 	return ret;
 }
@@ -242,6 +270,8 @@ static void __exit mock_module_exit(void)
 {
 	remove_devices();
 	platform_driver_unregister(&mock_driver);
+	if (mock_has_iommu)
+		mock_iommu_exit();
 	destroy_workqueue(mock_workqueue);
 }
 

@@ -187,6 +187,13 @@ void mock_mailbox_settle(struct mock_device *mock);
 void mock_mailbox_check(struct mock_device *mock);
 extern struct workqueue_struct *mock_workqueue;
 
+/* iommu.c: used only with the module parameter `iommu` */
+int mock_iommu_init(void);
+void mock_iommu_exit(void);
+int mock_iommu_adopt(struct device *dev);
+int mock_iommu_write(struct mock_device *mock, u64 iova, const void *data, size_t length);
+extern bool mock_has_iommu;
+
 /* log.c */
 extern const struct vfio_log_ops mock_log_ops;
 void mock_log_write(struct mock_device *mock, u64 iova, u64 length);
