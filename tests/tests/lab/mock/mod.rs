@@ -12,6 +12,7 @@
 mod device;
 mod faults;
 mod figures;
+mod iommufd;
 
 mod matrix;
 mod report;
