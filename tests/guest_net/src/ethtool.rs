@@ -14,6 +14,10 @@ use crate::Verdict;
 use crate::args::Args;
 use crate::json::Line;
 
+mod rss;
+
+pub(crate) use rss::{RXH_ADDRESSES, RXH_PORTS, weighted};
+
 const ETHTOOL_GFLAGS: u32 = 0x25;
 const ETHTOOL_SFLAGS: u32 = 0x26;
 const ETHTOOL_GRSSH: u32 = 0x46;
@@ -37,20 +41,20 @@ struct Request {
 }
 
 /// Key and indirection table of an interface.
-#[derive(Debug, Default)]
-struct Steering {
-    key: Vec<u8>,
-    table: Vec<u32>,
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Steering {
+    pub(crate) key: Vec<u8>,
+    pub(crate) table: Vec<u32>,
 }
 
 /// An interface that ethtool commands go to.
-struct Interface {
+pub(crate) struct Interface {
     name: [u8; 16],
     socket: UdpSocket,
 }
 
 impl Interface {
-    fn new(name: &str) -> anyhow::Result<Self> {
+    pub(crate) fn new(name: &str) -> anyhow::Result<Self> {
         let mut padded = [0; 16];
         ensure!(
             name.len() < padded.len(),
@@ -92,8 +96,19 @@ impl Interface {
         self.command(&mut [ETHTOOL_SFLAGS, flags])
     }
 
+    /// Whether the hash is put into received packets.
+    pub(crate) fn rxhash(&self) -> io::Result<bool> {
+        Ok(self.flags()? & ETH_FLAG_RXHASH != 0)
+    }
+
+    /// Has the hash put into received packets, or not.
+    pub(crate) fn set_rxhash(&self, on: bool) -> io::Result<()> {
+        let others = self.flags()? & !ETH_FLAG_RXHASH;
+        self.set_flags(others | if on { ETH_FLAG_RXHASH } else { 0 })
+    }
+
     /// Key and table; empty if the device has none.
-    fn steering(&self) -> anyhow::Result<Steering> {
+    pub(crate) fn steering(&self) -> anyhow::Result<Steering> {
         let mut sizes = [0; RXFH_WORDS];
         sizes[0] = ETHTOOL_GRSSH;
         match self.command(&mut sizes) {
@@ -135,22 +150,16 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<Verdict> {
     let name: String = args.required("iface")?;
     args.finish()?;
     let interface = Interface::new(&name)?;
-    let flags = interface
-        .flags()
-        .with_context(|| format!("{name}: reading the features"))?;
     if let Some(on) = wanted {
-        let flags = if on {
-            flags | ETH_FLAG_RXHASH
-        } else {
-            flags & !ETH_FLAG_RXHASH
-        };
-        interface.set_flags(flags).with_context(|| {
+        interface.set_rxhash(on).with_context(|| {
             let remedy = "was VIRTIO_NET_F_HASH_REPORT negotiated?";
             format!("{name}: switching the receive hash ({remedy})")
         })?;
     }
     // What is so, not what was asked for: the driver may have refused in silence.
-    let on = interface.flags()? & ETH_FLAG_RXHASH != 0;
+    let on = interface
+        .rxhash()
+        .with_context(|| format!("{name}: reading the features"))?;
     let steering = interface.steering().with_context(|| name.clone())?;
     Line::new("rxhash")
         .text("iface", &name)

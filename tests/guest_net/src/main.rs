@@ -23,6 +23,7 @@ mod json;
 mod mock_dma;
 mod pattern;
 mod progress;
+mod reports;
 mod rxhash;
 mod stop;
 mod tcp;
@@ -35,6 +36,10 @@ usage: guest_net COMMAND [OPTION...]
 
 rxhash --iface IF [--count N] [--seconds S] [--port P]
     The receive hash of each IP packet that IF gets, as its driver gave it.
+reports --iface IF --seed N --count N [--view skb|xdp] [--plan STEPS] [--seconds S]
+    Whether each of the frames 0..count of test-packets has the hash, and comes by the queue, that it must,
+    while settings change: 1000=rxhash:off,2000=rxhash:on,3000=hkey:7,4000=equal:2,5000=weight:1:3,
+    6000=combined:1,7000=flow:tcp4:addresses.
 ethtool-rxhash on|off|show --iface IF
     Turns the hash in received packets on or off; key and indirection table of IF.
 tcp-send --to ADDR:PORT [--bytes N] [--seconds S] [--rate BYTES/S] [--wait S]
@@ -71,6 +76,7 @@ impl Verdict {
 fn run(mut args: Args) -> anyhow::Result<Verdict> {
     match args.word("COMMAND")?.as_str() {
         "rxhash" => rxhash::run(args),
+        "reports" => reports::run(args),
         "ethtool-rxhash" => ethtool::run(args),
         "tcp-send" => tcp::send(args),
         "tcp-recv" => tcp::receive(args),

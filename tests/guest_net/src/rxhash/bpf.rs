@@ -1,4 +1,4 @@
-//! The little of `bpf(2)` that a socket filter with a queue needs.
+//! The little of `bpf(2)` that a filter with a queue needs.
 //!
 //! Source: uapi `linux/bpf.h`. Instructions are written by hand: a compiler for BPF is more than
 //! a static binary for an initramfs can ask for.
@@ -10,14 +10,47 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 const CMD_MAP_CREATE: c_long = 0;
 const CMD_PROG_LOAD: c_long = 5;
 const CMD_MAP_LOOKUP_AND_DELETE_ELEM: c_long = 21;
+const CMD_LINK_CREATE: c_long = 28;
 const MAP_TYPE_QUEUE: u32 = 22;
-const PROG_TYPE_SOCKET_FILTER: u32 = 1;
 const PSEUDO_MAP_FD: u8 = 1;
+/// `BPF_XDP` of `enum bpf_attach_type`.
+const ATTACH_XDP: u32 = 37;
 
 /// Of helpers, as `linux/bpf.h` numbers them.
 pub(super) const HELPER_SKB_LOAD_BYTES: i32 = 26;
 /// See [`HELPER_SKB_LOAD_BYTES`].
+pub(super) const HELPER_XDP_ADJUST_HEAD: i32 = 44;
+/// See [`HELPER_SKB_LOAD_BYTES`].
 pub(super) const HELPER_MAP_PUSH_ELEM: i32 = 87;
+/// See [`HELPER_SKB_LOAD_BYTES`].
+pub(super) const HELPER_XDP_GET_BUFF_LEN: i32 = 188;
+/// See [`HELPER_SKB_LOAD_BYTES`].
+pub(super) const HELPER_XDP_LOAD_BYTES: i32 = 189;
+
+/// What a program is for (`enum bpf_prog_type`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum ProgramKind {
+    /// Looks at packets for a socket.
+    SocketFilter,
+    /// Looks at packets before the network stack does.
+    Xdp,
+}
+
+impl ProgramKind {
+    const fn number(self) -> u32 {
+        match self {
+            Self::SocketFilter => 1,
+            Self::Xdp => 6,
+        }
+    }
+
+    const fn attach_type(self) -> u32 {
+        match self {
+            Self::SocketFilter => 0,
+            Self::Xdp => ATTACH_XDP,
+        }
+    }
+}
 
 /// `struct bpf_insn`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -63,14 +96,19 @@ impl Insn {
         Self::new(0x61, to, from, offset, 0)
     }
 
+    /// `to = *(u16 *)(from + offset)`.
+    pub(super) const fn load16(to: Register, from: Register, offset: i16) -> Self {
+        Self::new(0x69, to, from, offset, 0)
+    }
+
     /// `*(u32 *)(to + offset) = from`.
     pub(super) const fn store32(to: Register, offset: i16, from: Register) -> Self {
         Self::new(0x63, to, from, offset, 0)
     }
 
-    /// `*(u32 *)(to + offset) = 0`.
-    pub(super) const fn clear32(to: Register, offset: i16) -> Self {
-        Self::new(0x62, to, 0, offset, 0)
+    /// `*(u32 *)(to + offset) = value`.
+    pub(super) const fn put32(to: Register, offset: i16, value: i32) -> Self {
+        Self::new(0x62, to, 0, offset, value)
     }
 
     /// Skips `count` instructions if `register == value`.
@@ -199,11 +237,11 @@ impl<const N: usize> QueueMap<N> {
     }
 }
 
-/// Loads a socket filter.
+/// Loads a program.
 ///
 /// # Errors
 /// The kernel's; with what its verifier says against the program.
-pub(super) fn load_socket_filter(program: &[Insn]) -> io::Result<OwnedFd> {
+pub(super) fn load(kind: ProgramKind, program: &[Insn]) -> io::Result<OwnedFd> {
     #[repr(C)]
     struct Attributes {
         prog_type: u32,
@@ -215,11 +253,14 @@ pub(super) fn load_socket_filter(program: &[Insn]) -> io::Result<OwnedFd> {
         log_buf: u64,
         kern_version: u32,
         prog_flags: u32,
+        prog_name: [u8; 16],
+        prog_ifindex: u32,
+        expected_attach_type: u32,
     }
     let license = c"Apache-2.0";
     let mut log = vec![0_u8; 64 << 10];
     let mut attributes = Attributes {
-        prog_type: PROG_TYPE_SOCKET_FILTER,
+        prog_type: kind.number(),
         insn_cnt: u32::try_from(program.len()).map_err(io::Error::other)?,
         insns: address(program.as_ptr()),
         license: address(license.as_ptr()),
@@ -228,6 +269,9 @@ pub(super) fn load_socket_filter(program: &[Insn]) -> io::Result<OwnedFd> {
         log_buf: address(log.as_mut_ptr()),
         kern_version: 0,
         prog_flags: 0,
+        prog_name: [0; 16],
+        prog_ifindex: 0,
+        expected_attach_type: kind.attach_type(),
     };
     // SAFETY: BPF_PROG_LOAD reads `insn_cnt` instructions and a string, and writes up to
     // `log_size` bytes of log; all outlive the call.
@@ -242,4 +286,26 @@ pub(super) fn load_socket_filter(program: &[Insn]) -> io::Result<OwnedFd> {
             ))
         }
     }
+}
+
+/// Has the driver of an interface run an XDP program, until the link that this gives is closed.
+pub(super) fn attach_xdp(program: &OwnedFd, interface: u32) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Attributes {
+        prog_fd: c_int,
+        target_ifindex: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    /// The driver itself, not the stack behind it, which does not have the header any more
+    /// (`XDP_FLAGS_DRV_MODE` of uapi `linux/if_link.h`).
+    const DRIVER_MODE: u32 = 1 << 2;
+    let mut attributes = Attributes {
+        prog_fd: program.as_raw_fd(),
+        target_ifindex: interface,
+        attach_type: ATTACH_XDP,
+        flags: DRIVER_MODE,
+    };
+    // SAFETY: BPF_LINK_CREATE takes these fields and no addresses.
+    new_fd(unsafe { bpf(CMD_LINK_CREATE, &mut attributes) }?)
 }

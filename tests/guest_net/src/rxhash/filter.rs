@@ -6,16 +6,8 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, bail};
 
-use super::bpf::{HELPER_MAP_PUSH_ELEM, HELPER_SKB_LOAD_BYTES, Insn, QueueMap, load_socket_filter};
-
-/// Bytes of each packet that are noted.
-const HEAD: u8 = 100;
-const HEAD_BYTES: usize = HEAD as usize;
-/// What the filter puts into the queue: hash, queue mapping, length, and the first bytes.
-const RECORD: u8 = 12 + HEAD;
-const RECORD_BYTES: usize = RECORD as usize;
-/// How many packets may come before we look.
-const QUEUE_RECORDS: u32 = 8192;
+use super::bpf::{HELPER_MAP_PUSH_ELEM, HELPER_SKB_LOAD_BYTES, Insn, ProgramKind, QueueMap, load};
+use super::record::{HEAD, RECORD, RECORD_BYTES, Record, field};
 
 /// Offsets in `struct __sk_buff` (uapi `linux/bpf.h`).
 mod skb {
@@ -30,55 +22,12 @@ const PACKET_OUTGOING: i32 = 4;
 /// Bytes of an Ethernet header; what is shorter is no packet.
 const ETHERNET_BYTES: i32 = 14;
 
-/// What the filter noted of a packet.
-#[derive(Clone, Debug)]
-pub(crate) struct Record {
-    /// `skb->hash` as the driver set it; 0 if it set none.
-    pub(crate) hash: u32,
-    /// `skb->queue_mapping`: one more than the receive queue; 0 if the driver did not say.
-    queue_mapping: u32,
-    /// The packet's length in bytes.
-    pub(crate) length: u32,
-    head: [u8; HEAD_BYTES],
-}
-
-impl Record {
-    fn parse(bytes: &[u8; RECORD_BYTES]) -> Self {
-        let number = |at: usize| {
-            let mut number = [0; 4];
-            number.copy_from_slice(&bytes[at..at + 4]);
-            u32::from_ne_bytes(number)
-        };
-        let mut head = [0; HEAD_BYTES];
-        head.copy_from_slice(&bytes[12..]);
-        Self {
-            hash: number(0),
-            queue_mapping: number(4),
-            length: number(8),
-            head,
-        }
-    }
-
-    /// The packet's first bytes.
-    pub(crate) fn head(&self) -> &[u8] {
-        let length = usize::try_from(self.length).unwrap_or(HEAD_BYTES);
-        &self.head[..length.min(HEAD_BYTES)]
-    }
-
-    /// The receive queue, if the driver said.
-    pub(crate) const fn queue(&self) -> Option<u32> {
-        self.queue_mapping.checked_sub(1)
-    }
-}
-
 /// The filter: notes each incoming packet in `queue`; keeps it only if there is no room.
 fn filter(queue: &QueueMap<RECORD_BYTES>) -> Vec<Insn> {
     const CONTEXT: u8 = 6;
     const LENGTH: u8 = 7;
     const FRAME: u8 = 10;
-    // The record lies at the end of the stack frame, its head at the end of that.
-    let record = -i16::from(RECORD);
-    let head = -i16::from(HEAD);
+    let (record, head) = (-RECORD, -HEAD);
     let mut program = vec![
         Insn::copy(CONTEXT, 1),
         Insn::set(0, 0),
@@ -88,20 +37,21 @@ fn filter(queue: &QueueMap<RECORD_BYTES>) -> Vec<Insn> {
         Insn::skip_if_at_least(LENGTH, ETHERNET_BYTES, 1),
         Insn::exit(),
     ];
-    for (offset, field) in [(0, skb::HASH), (4, skb::QUEUE_MAPPING), (8, skb::LEN)] {
-        program.push(Insn::load32(1, CONTEXT, field));
+    // The verifier lets no byte of the record stay unwritten.
+    let all = (record..0).step_by(4);
+    program.extend(all.map(|offset| Insn::put32(FRAME, offset, 0)));
+    for (offset, of_skb) in [
+        (field::HASH, skb::HASH),
+        (field::QUEUE_MAPPING, skb::QUEUE_MAPPING),
+        (field::LENGTH, skb::LEN),
+    ] {
+        program.push(Insn::load32(1, CONTEXT, of_skb));
         program.push(Insn::store32(FRAME, record + offset, 1));
     }
-    // The verifier lets no byte of the record stay unwritten.
-    program.extend(
-        (head..0)
-            .step_by(4)
-            .map(|offset| Insn::clear32(FRAME, offset)),
-    );
     program.extend([
         Insn::copy(4, LENGTH),
-        Insn::skip_if_at_most(4, i32::from(HEAD), 1),
-        Insn::set(4, i32::from(HEAD)),
+        Insn::skip_if_at_most(4, HEAD.into(), 1),
+        Insn::set(4, HEAD.into()),
         Insn::copy(1, CONTEXT),
         Insn::set(2, 0),
         Insn::copy(3, FRAME),
@@ -129,16 +79,12 @@ pub(crate) struct HashSocket {
 }
 
 impl HashSocket {
-    /// Starts to note what comes in at `interface`.
-    pub(crate) fn open(interface: &str) -> anyhow::Result<Self> {
-        let name = CString::new(interface).context("the interface's name")?;
-        // SAFETY: the name is a string that outlives the call.
-        let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
-        if index == 0 {
-            bail!("no such interface: {}", io::Error::last_os_error());
-        }
-        let queue = QueueMap::new(QUEUE_RECORDS).context("making a queue for a filter")?;
-        let filter = load_socket_filter(&filter(&queue)).context("loading a socket filter")?;
+    /// Starts to note what comes in at `interface`, up to `room` packets before they are asked for.
+    pub(crate) fn open(interface: &str, room: u32) -> anyhow::Result<Self> {
+        let index = index_of(interface)?;
+        let queue = QueueMap::new(room).context("making a queue for a filter")?;
+        let filter = load(ProgramKind::SocketFilter, &filter(&queue));
+        let filter = filter.context("loading a socket filter")?;
         // No protocol yet: packets shall not come before the filter is there.
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
         // SAFETY: no addresses are passed.
@@ -182,6 +128,17 @@ impl HashSocket {
         // Dropped ones are among the packets.
         Ok(counts.tp_packets)
     }
+}
+
+/// The number of an interface.
+pub(super) fn index_of(interface: &str) -> anyhow::Result<u32> {
+    let name = CString::new(interface).context("the interface's name")?;
+    // SAFETY: the name is a string that outlives the call.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    if index == 0 {
+        bail!("no such interface: {}", io::Error::last_os_error());
+    }
+    Ok(index)
 }
 
 fn attach(socket: &OwnedFd, filter: &OwnedFd) -> io::Result<()> {

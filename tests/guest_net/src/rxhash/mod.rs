@@ -20,8 +20,15 @@ use crate::progress::Schedule;
 
 mod bpf;
 mod filter;
+mod record;
+mod xdp;
 
-use filter::{HashSocket, Record};
+pub(crate) use filter::HashSocket;
+pub(crate) use record::Record;
+pub(crate) use xdp::HeaderProgram;
+
+/// How many packets may come before we look.
+const ROOM: u32 = 8192;
 
 /// `rxhash`.
 pub(crate) fn run(mut args: Args) -> anyhow::Result<Verdict> {
@@ -30,7 +37,7 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<Verdict> {
     let port = args.option::<u16>("port")?;
     let schedule = Schedule::new(args.option("seconds")?);
     args.finish()?;
-    let socket = HashSocket::open(&interface).with_context(|| interface.clone())?;
+    let socket = HashSocket::open(&interface, ROOM).with_context(|| interface.clone())?;
     Line::new("listening").text("iface", &interface).print()?;
     let mut printed = 0_u64;
     while printed < count && !schedule.is_over(Instant::now()) {

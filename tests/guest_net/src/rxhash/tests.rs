@@ -40,7 +40,7 @@ fn records(socket: &HashSocket) -> Vec<(Record, Option<FiveTuple>)> {
 #[test]
 fn packets_of_a_tcp_socket_have_its_hash() {
     with_loopback("packets_of_a_tcp_socket_have_its_hash", || {
-        let socket = HashSocket::open("lo").unwrap();
+        let socket = HashSocket::open("lo", ROOM).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut server, _) = listener.accept().unwrap();
@@ -71,7 +71,7 @@ fn packets_of_a_tcp_socket_have_its_hash() {
 #[test]
 fn a_packet_without_a_hash_has_none() {
     with_loopback("a_packet_without_a_hash_has_none", || {
-        let socket = HashSocket::open("lo").unwrap();
+        let socket = HashSocket::open("lo", ROOM).unwrap();
         for at in ["127.0.0.1:0", "[::1]:0"] {
             let receiver = UdpSocket::bind(at).unwrap();
             let sender = UdpSocket::bind(at).unwrap();
@@ -105,7 +105,7 @@ fn a_packet_without_a_hash_has_none() {
 #[test]
 fn packets_beyond_the_queue_are_counted() {
     with_loopback("packets_beyond_the_queue_are_counted", || {
-        let socket = HashSocket::open("lo").unwrap();
+        let socket = HashSocket::open("lo", ROOM).unwrap();
         let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
         let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
         for _ in 0..8192 + 50 {
@@ -123,7 +123,7 @@ fn packets_beyond_the_queue_are_counted() {
 
 #[test]
 fn a_missing_interface_is_told() {
-    let error = HashSocket::open("missing0").err().unwrap();
+    let error = HashSocket::open("missing0", ROOM).err().unwrap();
     assert!(
         format!("{error:#}").contains("no such interface"),
         "{error:#}"
