@@ -121,7 +121,7 @@ fn header(start: &[u8], units: u8) -> Vec<u8> {
 
 /// Options that fill a header but for its first two bytes: padding and one that is unknown.
 fn options(random: &mut Random, units: u8) -> Vec<u8> {
-    let room = 8 * (u8::from(units) + 1) - 2;
+    let room = 8 * (units + 1) - 2;
     let length = u8::try_from(random.below(u16::from(room) - 1))
         .unwrap_or(0)
         .min(room - 2);

@@ -9,6 +9,7 @@ mod host_devices;
 mod hotplug;
 mod iommufd;
 mod migrate;
+mod mixed;
 mod mock;
 mod net;
 mod streams;
