@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::rx::MAX_PACKET;
 
 /// How long a queue may be without buffers before packets for it no longer hold up others.
-pub(super) const STARVED_LONG: Duration = Duration::from_millis(200);
+pub(super) const STARVED_LONG: Duration = Duration::from_millis(500);
 /// Bytes that may be on their way in a device, shared out among its queues; each may at least
 /// have one packet.
 const ALL_BYTES: usize = 4 << 20;

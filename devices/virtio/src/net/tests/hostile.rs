@@ -6,6 +6,8 @@ use pci::PciDevice;
 use proptest::prelude::*;
 use vm_migration::state::{Pause, SaveRestore};
 
+use super::control::hash_config;
+use super::rss::{MQ, TYPES, datagram, flow_to, rss_config, rss_host};
 use super::*;
 
 proptest! {
@@ -60,10 +62,18 @@ proptest! {
     fn damaged_state_is_survived(
         damage in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 1..6),
     ) {
-        let host = Host::new(1);
-        let features = features::CTRL_VQ | features::MRG_RXBUF | features::HASH_REPORT;
-        let mut card = host.card(features, &[16, 16, 16]);
+        let host = rss_host(2);
+        let features = MQ | features::HASH_REPORT;
+        let sizes = [16; 5];
+        let mut card = host.card(features, &sizes);
+        prop_assert_eq!(card.command(4, &rss_config(TYPES, &[0, 1], 0, 2), &[]), 0);
         card.post(0, 1526);
+        // Some for the queue that has no buffers wait in the state.
+        for number in 0..3 {
+            let datagram = datagram(flow_to(1, &[0, 1]), number, 100);
+            host.send(&[&[0; 20][..], &datagram].concat());
+        }
+        wait_for("hand-over", || card.counters.totals().rx_handed_over == 3);
         card.driver.device.pause().unwrap();
         let mut state = card.driver.device.save().unwrap();
         for (place, byte) in damage {
@@ -84,8 +94,40 @@ proptest! {
         card.driver.device.reset();
         card.driver.device.resume().unwrap();
         while host.receive().is_some() {}
-        card.rings = card.driver.bring_up(features, &[16, 16, 16]);
-        prop_assert_eq!(card.command(2, &[9, 9], &[]), 1);
+        card.rings = card.driver.bring_up(features, &sizes);
+        prop_assert_eq!(card.command(4, &[9, 9], &[]), 1);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Any commands of the class in any order are answered, and packets go on afterwards.
+    #[test]
+    fn any_commands_are_answered(
+        commands in proptest::collection::vec(
+            (0_u8..4, proptest::collection::vec(any::<u8>(), 0..80), 0_u32..0x400,
+             proptest::collection::vec(0_u16..3, 1..9), 0_u16..3, 0_u16..4),
+            1..12,
+        ),
+    ) {
+        let host = rss_host(2);
+        let mut card = host.card(MQ | features::HASH_REPORT, &[16; 5]);
+        for (kind, raw, types, table, unclassified, transmit) in commands {
+            let command = match kind {
+                0 => [&[4, 1][..], &raw].concat(),
+                1 => hash_config(types),
+                2 => [&[4, 0][..], &transmit.to_le_bytes()].concat(),
+                _ => rss_config(types, &table, unclassified, transmit),
+            };
+            prop_assert!(card.command(4, &command, &[2]) <= 1);
+            host.send(&[&[0; 20][..], &datagram(1, 1, 60)].concat());
+        }
+        prop_assert_eq!(card.command(4, &rss_config(TYPES, &[0], 0, 1), &[2]), 0);
+        let before = card.counters.totals().rx_packets;
+        host.send(&[&[0; 20][..], &datagram(1, 1, 60)].concat());
+        card.post(0, 1526);
+        wait_for("packet", || card.counters.totals().rx_packets > before);
     }
 }
 
