@@ -95,6 +95,8 @@ pub struct LinuxConfig {
     pub vcpus: u8,
     /// Its memory, in MiB.
     pub memory_mib: u32,
+    /// Whether it is made of huge pages of the host.
+    pub huge_pages: bool,
     /// What its kernel is told besides.
     pub cmdline: &'static str,
     /// More options of `ferry`.
@@ -109,6 +111,7 @@ impl LinuxConfig {
             format: Format::BzImage,
             vcpus: 1,
             memory_mib: 192,
+            huge_pages: false,
             cmdline: "",
             options: Vec::new(),
         }
@@ -125,6 +128,13 @@ impl LinuxConfig {
     #[must_use]
     pub const fn memory_mib(mut self, mib: u32) -> Self {
         self.memory_mib = mib;
+        self
+    }
+
+    /// With memory made of huge pages, which the host must have.
+    #[must_use]
+    pub const fn huge_pages(mut self) -> Self {
+        self.huge_pages = true;
         self
     }
 
@@ -154,6 +164,7 @@ impl LinuxConfig {
             let path = lab_file(&format!("{}.{extension}", self.kernel.name()))?;
             Ok::<_, anyhow::Error>(path.display().to_string())
         };
+        let huge_pages = if self.huge_pages { "on" } else { "off" };
         let mut arguments = vec![
             "--kernel".to_owned(),
             file(self.format.extension())?,
@@ -164,7 +175,10 @@ impl LinuxConfig {
             "--cpus".to_owned(),
             format!("boot={}", self.vcpus),
             "--memory".to_owned(),
-            format!("size={}M,shared=on", self.memory_mib),
+            format!(
+                "size={}M,shared=on,hugepages={huge_pages}",
+                self.memory_mib
+            ),
             "--serial".to_owned(),
             "tty".to_owned(),
             "--console".to_owned(),
