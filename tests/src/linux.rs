@@ -175,10 +175,7 @@ impl LinuxConfig {
             "--cpus".to_owned(),
             format!("boot={}", self.vcpus),
             "--memory".to_owned(),
-            format!(
-                "size={}M,shared=on,hugepages={huge_pages}",
-                self.memory_mib
-            ),
+            format!("size={}M,shared=on,hugepages={huge_pages}", self.memory_mib),
             "--serial".to_owned(),
             "tty".to_owned(),
             "--console".to_owned(),

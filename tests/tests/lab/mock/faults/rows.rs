@@ -160,18 +160,20 @@ impl Row {
 macro_rules! arc {
     ($rows:ident, $side:ident $flags:literal, $phase:literal, $from:ident $to:ident,
      $stay:ident $error:ident $why:literal $(, beside $beside:expr)?) => {
-        $rows.push(Row::new(
-            (Side::$side, $flags),
-            ($phase, concat!(stringify!($from), " to ", stringify!($to), " fails")),
-            &[("faults/fail_arc", concat!(stringify!($from), " ", stringify!($to), " 1 stay"))],
-            (Ends::$stay, $why),
-        )$(.beside($beside))?);
-        $rows.push(Row::new(
-            (Side::$side, $flags),
-            ($phase, concat!(stringify!($from), " to ", stringify!($to), " breaks the device")),
-            &[("faults/fail_arc", concat!(stringify!($from), " ", stringify!($to), " 1 error"))],
-            (Ends::$error, $why),
-        )$(.beside($beside))?);
+        $rows.extend([
+            Row::new(
+                (Side::$side, $flags),
+                ($phase, concat!(stringify!($from), " to ", stringify!($to), " fails")),
+                &[("faults/fail_arc", concat!(stringify!($from), " ", stringify!($to), " 1 stay"))],
+                (Ends::$stay, $why),
+            )$(.beside($beside))?,
+            Row::new(
+                (Side::$side, $flags),
+                ($phase, concat!(stringify!($from), " to ", stringify!($to), " breaks the device")),
+                &[("faults/fail_arc", concat!(stringify!($from), " ", stringify!($to), " 1 error"))],
+                (Ends::$error, $why),
+            )$(.beside($beside))?,
+        ]);
     };
 }
 
