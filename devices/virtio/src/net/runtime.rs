@@ -296,6 +296,9 @@ impl Shared {
     }
 
     fn attach_or_put_back(&self, pairs: u16, before: u16) -> io::Result<()> {
+        if pairs == before {
+            return Ok(());
+        }
         let attached = self.attach(pairs);
         match attached {
             Ok(()) => self.served.lock().attached = pairs,
