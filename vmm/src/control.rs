@@ -15,7 +15,7 @@ use vm_migration::migrate::{MigrationEvent, MigrationStatus, Report, Side, Sourc
 
 use crate::api::{
     ApiError, ApiInbox, ApiReply, ApiRequest, ApiStatus, ReceiveMigrationConfig,
-    SendMigrationConfig, VmmPing,
+    SendMigrationConfig, SendMigrationInfo, VmmPing,
 };
 use crate::config::VmConfig;
 use crate::machine::Host;
@@ -196,7 +196,7 @@ impl Control {
             }
             ApiRequest::VmShutdown => self.guest.shutdown(&self.host.events),
             ApiRequest::VmDelete => self.guest.delete(&self.host.events),
-            ApiRequest::VmSendMigration(request) => self.send(*request),
+            ApiRequest::VmSendMigration(request) => return self.send(*request),
             ApiRequest::VmReceiveMigration(request) => self.receive(*request),
             other => Err(ApiError::not_found(format!(
                 "{} changes nothing",
@@ -239,7 +239,7 @@ impl Control {
         }
     }
 
-    fn send(&mut self, request: SendMigrationConfig) -> Result<(), ApiError> {
+    fn send(&mut self, request: SendMigrationConfig) -> Result<ApiReply, ApiError> {
         let (config, machine) = self.guest.running("migrate")?;
         let tools = Tools {
             spawner: self.host.spawner.clone(),
@@ -248,8 +248,12 @@ impl Control {
         };
         let sending = Sending::start(machine, config, request, &tools)
             .map_err(|error| ApiError::new(ApiStatus::Conflict, &error))?;
+        let dirty_sources = sending.dirty_sources().to_vec();
         self.migration = Migration::Sending(sending);
-        Ok(())
+        Ok(match dirty_sources.is_empty() {
+            true => ApiReply::Empty,
+            false => ApiReply::Sending(SendMigrationInfo { dirty_sources }),
+        })
     }
 
     fn receive(&mut self, request: ReceiveMigrationConfig) -> Result<(), ApiError> {

@@ -131,7 +131,12 @@ fn migrate(linux: &mut Linux, dir: &Path, networks: [Network; 2], nic: &Nic) -> 
             "console": {"mode": "Socket", "socket": console_path(dir, "b")},
         }));
     route.open(&destination)?;
-    route.go(&linux.ferry)?;
+    let mut body = route.send.clone();
+    body["destination_url"] = json!(route.send_to);
+    let answer = linux.ferry.api.put("vm.send-migration", Some(&body))?;
+    let source = &answer["dirty_sources"][0];
+    ensure!(source["id"] == passthrough.id(), "{answer}");
+    ensure!(source["source"] == "device DMA log", "{answer}");
     let refused = refusal(&linux.ferry, &passthrough.id())?;
     ensure!(refused.0 == 409, "during a migration: {refused:?}");
     let (here, there) = (
@@ -144,10 +149,8 @@ fn migrate(linux: &mut Linux, dir: &Path, networks: [Network; 2], nic: &Nic) -> 
         linux.ferry.last_words(),
         destination.last_words()
     );
-    let source = linux.ferry.wait_event("migration-dirty-source", LIMIT)?;
-    let source = &source["properties"];
-    ensure!(source["id"] == passthrough.id(), "{source}");
-    ensure!(source["source"] == "device DMA log", "{source}");
+    let event = linux.ferry.wait_event("migration-dirty-source", LIMIT)?;
+    ensure!(event["properties"] == *source, "{event}");
     linux.follow(dir, destination)?.shut_down()
 }
 

@@ -20,9 +20,9 @@ pub use channel::{ApiHandle, ApiInbox, ApiReceiver, ApiSendError, Responder, cha
 pub use client::{ApiClient, ClientError};
 pub use error::{ApiError, ApiStatus};
 pub use request::{
-    ApiReply, ApiRequest, Counters, PciDeviceInfo, ReceiveDeviceConfig, ReceiveMigrationConfig,
-    ReceiveNetConfig, ReceiveUserDeviceConfig, RemoveDeviceConfig, SendMigrationConfig, VmInfo,
-    VmState, VmmPing,
+    ApiReply, ApiRequest, Counters, DirtySourceInfo, PciDeviceInfo, ReceiveDeviceConfig,
+    ReceiveMigrationConfig, ReceiveNetConfig, ReceiveUserDeviceConfig, RemoveDeviceConfig,
+    SendMigrationConfig, SendMigrationInfo, VmInfo, VmState, VmmPing,
 };
 pub use routes::BASE_PATH;
 pub use server::{ApiServer, MAX_BODY_BYTES, ServerError};

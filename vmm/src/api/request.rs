@@ -40,8 +40,8 @@ pub enum ApiRequest {
     /// `PUT vm.remove-device`: [`ApiReply::Empty`] once the guest is asked to eject the device,
     /// again if it was before; that it is gone is an event.
     VmRemoveDevice(RemoveDeviceConfig),
-    /// `PUT vm.send-migration`: [`ApiReply::Empty`] once it has started; the outcome is an event
-    /// and in `vm.migration`.
+    /// `PUT vm.send-migration`, once it has started: [`ApiReply::Sending`] if there are passthrough
+    /// devices, else [`ApiReply::Empty`]; the outcome is an event and in `vm.migration`.
     VmSendMigration(Box<SendMigrationConfig>),
     /// `PUT vm.receive-migration`: [`ApiReply::Empty`] once ferry listens; the outcome is an event
     /// and in `vm.migration`.
@@ -92,6 +92,8 @@ pub enum ApiReply {
     Ping(VmmPing),
     /// Where a new device is.
     Device(PciDeviceInfo),
+    /// What a migration that has started learns devices' writes from.
+    Sending(SendMigrationInfo),
     /// The VM.
     Info(Box<VmInfo>),
     /// The devices' counters.
@@ -242,6 +244,24 @@ impl SendMigrationConfig {
         self.destination()?;
         Ok(self)
     }
+}
+
+/// The answer to `vm.send-migration` of a VM with passthrough devices.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SendMigrationInfo {
+    /// Where the migration learns which pages each of them writes.
+    pub dirty_sources: Vec<DirtySourceInfo>,
+}
+
+/// Where a migration learns which pages a passthrough device writes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirtySourceInfo {
+    /// The device.
+    pub id: String,
+    /// The rung of the ladder, `none` if the device keeps the VM from moving.
+    pub source: String,
+    /// Why that one.
+    pub why: String,
 }
 
 /// The body of `vm.receive-migration`: where to listen, and which of the devices' host resources

@@ -275,6 +275,7 @@ fn success(reply: ApiReply) -> Response {
                 .into_response();
         }
         ApiReply::Ping(ping) => serde_json::to_vec(&ping),
+        ApiReply::Sending(sending) => serde_json::to_vec(&sending),
         ApiReply::Device(device) => serde_json::to_vec(&device),
         ApiReply::Info(info) => serde_json::to_vec(&info),
         ApiReply::Counters(counters) => serde_json::to_vec(&counters),

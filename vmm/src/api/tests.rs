@@ -1,3 +1,4 @@
+mod answers;
 mod receive;
 
 use std::io::{Read, Write};
@@ -198,29 +199,6 @@ fn each_endpoint_becomes_its_request() {
         responder.respond(Ok(ApiReply::Empty));
         assert_eq!(answer.join().unwrap().unwrap().len(), 0);
     }
-}
-
-#[test]
-fn a_new_device_has_a_place_if_there_is_a_guest() {
-    let fixture = Fixture::new();
-    let ask = || {
-        let client = fixture.client();
-        thread::spawn(move || {
-            let device = json!({"path": "/sys/x"});
-            client.put_for::<PciDeviceInfo>("vm.add-device", &device)
-        })
-    };
-    let info = PciDeviceInfo {
-        id: "_vfio0".to_owned(),
-        bdf: "0000:00:1a.0".to_owned(),
-    };
-    let answer = ask();
-    let reply = ApiReply::Device(info.clone());
-    fixture.next().1.respond(Ok(reply));
-    assert_eq!(answer.join().unwrap().unwrap(), Some(info));
-    let answer = ask();
-    fixture.next().1.respond(Ok(ApiReply::Empty));
-    assert_eq!(answer.join().unwrap().unwrap(), None);
 }
 
 #[test]

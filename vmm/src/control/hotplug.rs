@@ -159,8 +159,9 @@ impl Guest {
                 true => Ok(false),
                 false => Err(ApiError::new(ApiStatus::NotFound, &unknown())),
             },
+            // A guest that stands still is asked when it goes on.
             Self::On {
-                pace: Pace::Running,
+                pace: Pace::Running | Pace::Paused,
                 machine,
                 ..
             } => machine

@@ -16,6 +16,7 @@ use vm_migration::{ErrorChain, StateError};
 
 use super::devices::Board;
 use super::{Host, MachineError};
+use crate::api::DirtySourceInfo;
 use crate::config::{DeviceConfig, DirtyConfig, IommufdConfig, UserDeviceConfig, VmConfig};
 use crate::inherited;
 use crate::interrupts::Fabric;
@@ -64,7 +65,7 @@ impl PassthroughFunction {
             Origin::Inherited(fd) => ("vfio with iommufd", "fd", fd.to_string()),
             Origin::Server(path) => ("vfio-user", "socket", path.display().to_string()),
         };
-        let (source, why) = self.dirty_source();
+        let DirtySourceInfo { source, why, .. } = self.dirty_source();
         BTreeMap::from([
             ("backend".to_owned(), backend.to_owned()),
             (key.to_owned(), place),
@@ -75,10 +76,15 @@ impl PassthroughFunction {
     }
 
     /// The rung in words, and why it is this one, or why there is none.
-    pub fn dirty_source(&self) -> (String, String) {
-        match self.rung() {
+    pub fn dirty_source(&self) -> DirtySourceInfo {
+        let (source, why) = match self.rung() {
             Ok(rung) => (rung.to_string(), rung.why().to_owned()),
             Err(error) => ("none".to_owned(), ErrorChain(&error).to_string()),
+        };
+        DirtySourceInfo {
+            id: self.id.clone(),
+            source,
+            why,
         }
     }
 

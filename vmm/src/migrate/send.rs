@@ -18,11 +18,11 @@ use vm_migration::{DirtySource, ErrorChain, SnapshotSource, StateSource, VmmWrit
 use super::MigrateError;
 use super::describe as description;
 use super::dirty::VcpuDirty;
-use crate::api::SendMigrationConfig;
+use crate::api::{DirtySourceInfo, SendMigrationConfig};
 use crate::config::VmConfig;
 use crate::machine::{
-    BusState, CHIPS_ID, CPUS_ID, CpuState, CpuSwitch, HOTPLUG_ID, Machine, PCI_ID, PlugState,
-    VmChips,
+    BusState, CHIPS_ID, CPUS_ID, CpuState, CpuSwitch, HOTPLUG_ID, Machine, PCI_ID,
+    PassthroughFunction, PlugState, VmChips,
 };
 use crate::migration_events;
 use crate::notice::NoticeSender;
@@ -32,6 +32,7 @@ pub struct Sending {
     status: Arc<Status>,
     cancel: CancelHandle,
     thread: Option<JoinHandle<()>>,
+    dirty_sources: Vec<DirtySourceInfo>,
 }
 
 impl Sending {
@@ -63,13 +64,10 @@ impl Sending {
         let (own_status, own_cancel) = (Arc::clone(&status), cancel.clone());
         let (events, done) = (tools.events.clone(), tools.done.clone());
         events.tell(Event::MigrationStarted);
-        for function in machine.devices().passthrough() {
-            let (source, why) = function.dirty_source();
-            events.tell(Event::MigrationDirtySource {
-                id: function.id.clone(),
-                source,
-                why,
-            });
+        let passthrough = machine.devices().passthrough().iter();
+        let dirty_sources: Vec<_> = passthrough.map(PassthroughFunction::dirty_source).collect();
+        for DirtySourceInfo { id, source, why } in dirty_sources.iter().cloned() {
+            events.tell(Event::MigrationDirtySource { id, source, why });
         }
         let body = move || {
             let mut tell = |event: &MigrationEvent| {
@@ -107,12 +105,18 @@ impl Sending {
             status,
             cancel,
             thread: Some(thread),
+            dirty_sources,
         })
     }
 
     /// How it is doing.
     pub fn status(&self) -> MigrationStatus {
         self.status.snapshot()
+    }
+
+    /// Where it learns which pages each passthrough device writes.
+    pub fn dirty_sources(&self) -> &[DirtySourceInfo] {
+        &self.dirty_sources
     }
 
     /// Asks it to stop.

@@ -11,8 +11,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
-use vmm::api::{ApiClient, PciDeviceInfo, RemoveDeviceConfig};
+use vmm::api::{ApiClient, PciDeviceInfo, RemoveDeviceConfig, SendMigrationInfo};
 use vmm::config::VmConfig;
 
 use cli::{Cli, Verb};
@@ -55,9 +56,9 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         Verb::Resume => tell(cli, "vm.resume"),
         Verb::Shutdown => tell(cli, "vm.shutdown"),
         Verb::Delete => tell(cli, "vm.delete"),
-        Verb::AddDevice { device } => add(cli, "vm.add-device", device),
-        Verb::AddUserDevice { device } => add(cli, "vm.add-user-device", device),
-        Verb::AddNet { net } => add(cli, "vm.add-net", net),
+        Verb::AddDevice { device } => ask::<PciDeviceInfo>(cli, "vm.add-device", device),
+        Verb::AddUserDevice { device } => ask::<PciDeviceInfo>(cli, "vm.add-user-device", device),
+        Verb::AddNet { net } => ask::<PciDeviceInfo>(cli, "vm.add-net", net),
         Verb::RemoveDevice { id } => {
             let request = RemoveDeviceConfig { id: id.clone() };
             Ok(client(cli)?.put_json("vm.remove-device", &request)?)
@@ -65,7 +66,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         Verb::ShutdownVmm => tell(cli, "vmm.shutdown"),
         Verb::CancelMigration => tell(cli, "vm.cancel-migration"),
         Verb::SendMigration { url, limits } => {
-            Ok(client(cli)?.put_json("vm.send-migration", &limits.send_config(url))?)
+            ask::<SendMigrationInfo>(cli, "vm.send-migration", &limits.send_config(url))
         }
         Verb::ReceiveMigration { url, devices } => {
             Ok(client(cli)?.put_json("vm.receive-migration", &devices.receive_config(url))?)
@@ -86,10 +87,14 @@ fn show(cli: &Cli, endpoint: &str) -> Result<(), Failure> {
     print_json(&client(cli)?.get::<Value>(endpoint)?)
 }
 
-/// Adds a device; where it is then is printed, if the VM runs.
-fn add(cli: &Cli, endpoint: &str, device: &impl Serialize) -> Result<(), Failure> {
-    match client(cli)?.put_for::<PciDeviceInfo>(endpoint, device)? {
-        Some(place) => print_json(&place),
+/// `PUT endpoint` with `body`; the answer is printed, if there is one.
+fn ask<T: Serialize + DeserializeOwned>(
+    cli: &Cli,
+    endpoint: &str,
+    body: &impl Serialize,
+) -> Result<(), Failure> {
+    match client(cli)?.put_for::<T>(endpoint, body)? {
+        Some(answer) => print_json(&answer),
         None => Ok(()),
     }
 }

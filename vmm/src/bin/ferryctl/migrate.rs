@@ -8,7 +8,8 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use thiserror::Error;
 use vmm::api::{
-    ApiClient, ClientError, DestinationPhase, MigrationStatus, Side, SourcePhase, VmmPing,
+    ApiClient, ClientError, DestinationPhase, MigrationStatus, SendMigrationInfo, Side,
+    SourcePhase, VmmPing,
 };
 
 use crate::cli::Order;
@@ -81,11 +82,11 @@ pub(crate) fn run(order: &Order) -> Result<(), Failure> {
         destination: ApiClient::new(order.to.clone())?,
     };
     ends.check()?;
-    ends.start(order)?;
+    let info = ends.start(order)?;
     let bar = progress_bar(order.json);
     let outcome = ends.watch(&bar);
     bar.finish_and_clear();
-    let report = outcome?;
+    let report = outcome?.learned_from(info.dirty_sources);
     if order.json {
         print_json(&report)
     } else {
@@ -105,21 +106,21 @@ impl Ends {
     }
 
     /// The destination first: it must listen when the source connects.
-    fn start(&self, order: &Order) -> Result<(), MigrateError> {
+    fn start(&self, order: &Order) -> Result<SendMigrationInfo, MigrateError> {
         let listen = order.listen_url.as_ref().unwrap_or(&order.url);
         let receive = order.devices.receive_config(listen);
         self.destination
             .put_json("vm.receive-migration", &receive)
             .map_err(MigrateError::Receive)?;
         let send = order.limits.send_config(&order.url);
-        self.source
-            .put_json("vm.send-migration", &send)
-            .map_err(|error| {
-                // Best effort: a destination left listening takes the next migration, or its own
-                // cancel-migration.
-                let _ = self.destination.put("vm.cancel-migration");
-                MigrateError::Send(error)
-            })
+        let answer = self.source.put_for("vm.send-migration", &send);
+        let answer = answer.map_err(|error| {
+            // Best effort: a destination left listening takes the next migration, or its own
+            // cancel-migration.
+            let _ = self.destination.put("vm.cancel-migration");
+            MigrateError::Send(error)
+        })?;
+        Ok(answer.unwrap_or_default())
     }
 
     /// Asks both ends until it is over.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Serialize;
-use vmm::api::{DeviceDowntime, Downtime, MigrationStatus};
+use vmm::api::{DeviceDowntime, DirtySourceInfo, Downtime, MigrationStatus};
 
 /// A finished migration.
 #[derive(Debug, Serialize)]
@@ -19,6 +19,8 @@ pub(crate) struct Report {
     bytes: u64,
     /// Pages found dirty, by source.
     dirty_pages: BTreeMap<String, u64>,
+    /// Where the migration learned which pages each passthrough device wrote.
+    dirty_sources: Vec<DirtySourceInfo>,
     /// The source's last word.
     source: MigrationStatus,
     /// The destination's.
@@ -38,9 +40,18 @@ impl Report {
             downtime_ms: milliseconds(downtime),
             bytes: source.bytes,
             dirty_pages: dirty.map(|one| (one.id.clone(), one.total_pages)).collect(),
+            dirty_sources: Vec::new(),
             source,
             destination,
         }
+    }
+}
+
+impl Report {
+    /// With what the source said when it began.
+    pub(crate) fn learned_from(mut self, dirty_sources: Vec<DirtySourceInfo>) -> Self {
+        self.dirty_sources = dirty_sources;
+        self
     }
 }
 
@@ -91,6 +102,9 @@ impl fmt::Display for Report {
                 "          {:>11}  {} (last report took {} µs)",
                 source.total_pages, source.id, source.last_report_us
             )?;
+        }
+        for DirtySourceInfo { id, source, why } in &self.dirty_sources {
+            writeln!(out, "Logged by {source} for {id}, as {why}")?;
         }
         Ok(())
     }
@@ -184,7 +198,12 @@ mod tests {
                              "bytes": 9}]},
             "aborted": null}"#;
         let status: MigrationStatus = serde_json::from_str(json).unwrap();
-        let report = Report::new(status.clone(), status);
+        let log = DirtySourceInfo {
+            id: "nic0".to_owned(),
+            source: "device DMA log".to_owned(),
+            why: "the device logs its own writes".to_owned(),
+        };
+        let report = Report::new(status.clone(), status).learned_from(vec![log]);
         let text = report.to_string();
         for part in [
             "1.23 s",
@@ -193,12 +212,14 @@ mod tests {
             "77  kvm",
             "0.1 ms  stopping the vCPUs",
             "0.1      2.2     33.3      0.4      5.5  nic0, 2.0 KiB",
+            "Logged by device DMA log for nic0, as the device logs its own writes",
         ] {
             assert!(text.contains(part), "{part} is not in:\n{text}");
         }
         assert!(!text.contains("rtc"), "it took nothing:\n{text}");
         let json = serde_json::to_value(&report).unwrap();
         assert_eq!(json["dirty_pages"]["kvm"], 77);
+        assert_eq!(json["dirty_sources"][0]["id"], "nic0");
         assert_eq!(json["downtime_ms"], 42.1);
     }
 }
