@@ -142,13 +142,17 @@ pub(super) fn misfits(here: &DeviceManifest, there: &DeviceManifest) -> Vec<Refu
             "give both sides the same devices",
         )];
     }
-    let mut refusals = Vec::new();
-    for (name, value) in &there.compat {
+    let compare = |(name, value): (&String, &String)| {
         let own = here.compat.get(name).map_or("nothing", String::as_str);
-        if name == CONFIG_SPACE && !refusals.is_empty() {
-            continue;
-        }
-        refusals.extend(misfit(name, value, own).map(refuse));
+        misfit(name, value, own).map(refuse)
+    };
+    let (last_resort, named): (Vec<_>, Vec<_>) = there
+        .compat
+        .iter()
+        .partition(|(name, _)| *name == CONFIG_SPACE);
+    let mut refusals: Vec<Refusal> = named.into_iter().filter_map(compare).collect();
+    if refusals.is_empty() {
+        refusals.extend(last_resort.into_iter().filter_map(compare));
     }
     if there.max_state_bytes > here.max_state_bytes {
         refusals.push(refuse(format!(

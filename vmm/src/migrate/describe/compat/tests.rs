@@ -118,6 +118,16 @@ fn each_thing_that_differs_is_named() {
 }
 
 #[test]
+fn a_digest_that_differs_is_told_only_if_nothing_else_explains_it() {
+    let found = reasons(|p| {
+        p.identity.subsystem = 2;
+        p.config_digest = 1;
+    });
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].contains("subsystem"), "{found:?}");
+}
+
+#[test]
 fn a_digest_is_told_of_only_if_nothing_better_is_known() {
     let found = reasons(|p| {
         p.config_digest = 1;
