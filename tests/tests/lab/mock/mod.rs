@@ -7,7 +7,8 @@
 //!
 //! `FERRY_MOCK_RUNS` says how many migrations there are of each case (1), `FERRY_MOCK_CASES` which
 //! (`few`; `all`; else words, of which a case's name must have one), and `FERRY_MOCK_REPORT` to
-//! which file results are appended, a line of JSON each.
+//! which file results are appended, a line of JSON each. `FERRY_MOCK_STATE_MIB` is the state of the
+//! devices whose downtimes with and without pre-copy are compared (16).
 
 mod device;
 mod faults;
