@@ -4,7 +4,8 @@
 //! If the guest negotiated hash reports, [`flow::parse`] finds what of the frame is hashed,
 //! [`toeplitz::PacketHasher`] computes the hash with the guest's key, and the result is written
 //! into the header. If the guest negotiated receive-side scaling (RSS), the same hash picks the
-//! receive queue through an [`ctrl::RssConfig`].
+//! receive queue through an [`ctrl::RssConfig`]: in the kernel, by a [`steering::SteeringProgram`],
+//! where that is allowed.
 //!
 //! ```
 //! use net_util::hash::{HashConfig, HashKey, HashReport, HashTypes};
@@ -27,6 +28,7 @@
 //! | [`hash`] | hash types, reports and keys as the specification numbers them |
 //! | [`toeplitz`] | the Toeplitz hash by the fastest method of the CPU, and the rule which type of hash a packet gets |
 //! | [`ctrl`] | bodies of the control queue's commands, checked |
+//! | [`steering`] | a program for the tap's kernel that chooses queues as the guest's RSS says |
 //!
 //! Frames and control commands come from guests and networks: every parser here takes any bytes,
 //! never panics, and allocates only what it has bounded. Specification sections are those of
@@ -38,5 +40,6 @@ pub mod ctrl;
 pub mod flow;
 pub mod hash;
 pub mod header;
+pub mod steering;
 pub mod tap;
 pub mod toeplitz;

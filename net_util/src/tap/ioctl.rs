@@ -5,7 +5,7 @@
 #![expect(unsafe_code, reason = "ioctls are untyped; here each gets its type")]
 
 use std::ffi::{c_int, c_uint};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use rustix::io::Result;
 use rustix::ioctl::{Getter, IntegerSetter, Opcode, Setter, Updater, ioctl, opcode};
@@ -37,6 +37,7 @@ const TUN_GET_VNET_HDR_SZ: Opcode = opcode::read::<c_int>(b'T', 215);
 const TUN_SET_VNET_HDR_SZ: Opcode = opcode::write::<c_int>(b'T', 216);
 const TUN_SET_QUEUE: Opcode = opcode::write::<c_int>(b'T', 217);
 const TUN_SET_VNET_LE: Opcode = opcode::write::<c_int>(b'T', 220);
+const TUN_SET_STEERING_EBPF: Opcode = opcode::read::<c_int>(b'T', 224);
 const SIOC_GIF_FLAGS: Opcode = 0x8913;
 const SIOC_SIF_FLAGS: Opcode = 0x8914;
 const SIOC_GIF_MTU: Opcode = 0x8921;
@@ -155,6 +156,13 @@ pub(super) fn tun_set_vnet_le(fd: impl AsFd, little: bool) -> Result<()> {
     }
 }
 
+/// Lets the program choose the queue of each packet the host sends; `None` takes it out.
+pub(super) fn tun_set_steering_ebpf(fd: impl AsFd, program: Option<BorrowedFd<'_>>) -> Result<()> {
+    let program = program.map_or(-1, |program| program.as_raw_fd());
+    // SAFETY: TUNSETSTEERINGEBPF reads one int.
+    unsafe { ioctl(fd, Setter::<TUN_SET_STEERING_EBPF, c_int>::new(program)) }
+}
+
 /// RFC v5: `struct tun_vnet_hash` of what the kernel can do, as bytes.
 pub(super) fn tun_get_vnet_hash_cap(fd: impl AsFd) -> Result<[u8; CAP_BYTES]> {
     // SAFETY: TUNGETVNETHASHCAP writes `struct tun_vnet_hash`, which has that many bytes.
@@ -257,6 +265,7 @@ mod tests {
         assert_eq!(u64::from(TUN_SET_VNET_HDR_SZ), libc::TUNSETVNETHDRSZ);
         assert_eq!(u64::from(TUN_SET_QUEUE), libc::TUNSETQUEUE);
         assert_eq!(u64::from(TUN_SET_VNET_LE), libc::TUNSETVNETLE);
+        assert_eq!(u64::from(TUN_SET_STEERING_EBPF), libc::TUNSETSTEERINGEBPF);
         assert_eq!(u64::from(SIOC_GIF_FLAGS), libc::SIOCGIFFLAGS);
         assert_eq!(u64::from(SIOC_SIF_FLAGS), libc::SIOCSIFFLAGS);
         assert_eq!(u64::from(SIOC_GIF_MTU), libc::SIOCGIFMTU);

@@ -336,4 +336,4 @@ impl KernelFeatures {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

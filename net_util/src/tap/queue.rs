@@ -7,6 +7,7 @@ use rustix::io::Errno;
 
 use super::{HashAbi, KernelHash, Offloads, TapError, TapName, VnetHashError, ioctl, vnet_hash};
 use crate::header::HeaderSize;
+use crate::steering::{SteeringError, SteeringProgram};
 
 /// One queue of a tap: packets to and from the host, each behind a virtio-net header.
 ///
@@ -91,6 +92,22 @@ impl TapQueue {
     /// The kernel's; or there is no such interface, by `abi`.
     pub fn clear_vnet_hash(&self, abi: HashAbi) -> Result<(), VnetHashError> {
         vnet_hash::clear(self, abi)
+    }
+
+    /// Has `program` choose the queue of each packet the host sends, on all queues of the
+    /// interface; `None` leaves the choice to the kernel, as it was at first.
+    ///
+    /// # Errors
+    /// [`SteeringError::HashLoaded`] or [`SteeringError::Attach`].
+    pub fn set_steering(&self, program: Option<&SteeringProgram>) -> Result<(), SteeringError> {
+        let program = program.map(SteeringProgram::program_fd);
+        ioctl::tun_set_steering_ebpf(&self.fd, program).map_err(|errno| {
+            let (tap, source) = (self.name.clone(), errno.into());
+            match errno {
+                Errno::BUSY => SteeringError::HashLoaded { tap, source },
+                _ => SteeringError::Attach { tap, source },
+            }
+        })
     }
 
     /// Lets the interface use this queue (again).

@@ -14,7 +14,7 @@ const ONE: NonZeroU16 = NonZeroU16::MIN;
 const TWO: NonZeroU16 = NonZeroU16::MIN.saturating_add(1);
 
 /// Runs `test` in a network namespace of its own, or says why not.
-pub(super) fn in_namespace(name: &str, test: fn()) {
+pub(crate) fn in_namespace(name: &str, test: fn()) {
     let namespaced = std::thread::spawn(move || {
         #[expect(unsafe_code, reason = "rustix has no safe call for it")]
         // SAFETY: the thread is new and shares no file descriptor table by this flag.
@@ -31,7 +31,7 @@ pub(super) fn in_namespace(name: &str, test: fn()) {
     }
 }
 
-pub(super) fn name(name: &str) -> TapName {
+pub(crate) fn name(name: &str) -> TapName {
     TapName::new(name).unwrap()
 }
 
