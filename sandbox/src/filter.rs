@@ -48,6 +48,7 @@ impl Allowed {
             self.add_any(number(name)?);
         }
         self.add_ioctls(&profile).map_err(failed)?;
+        self.add_bpf(&profile).map_err(failed)?;
         self.add_memory(&profile).map_err(failed)?;
         self.add_prctl(&profile).map_err(failed)
     }
@@ -75,6 +76,14 @@ impl Allowed {
                 Ioctl::Type(kind) => (0xff00, u64::from(kind) << 8),
             };
             self.add_rule(libc::SYS_ioctl, argument(1, mask, value)?)?;
+        }
+        Ok(())
+    }
+
+    fn add_bpf(&mut self, profile: &Profile) -> Result<(), BackendError> {
+        for command in profile.bpf {
+            let condition = argument(0, 0xffff_ffff, u64::from(*command))?;
+            self.add_rule(libc::SYS_bpf, condition)?;
         }
         Ok(())
     }

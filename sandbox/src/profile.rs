@@ -9,6 +9,8 @@ pub(super) struct Profile {
     pub(super) calls: &'static [&'static [&'static str]],
     /// Groups of ioctl requests it may make.
     pub(super) ioctls: &'static [&'static [Ioctl]],
+    /// Commands of bpf(2) it may give.
+    pub(super) bpf: &'static [u32],
     /// It resolves host names: modules for that are libraries, loaded when they are needed. No
     /// other may make memory executable.
     pub(super) resolves: bool,
@@ -279,6 +281,14 @@ const TAP_CONTROL: &[Ioctl] = &[
     Request(0x54e7), // TUNSETVNETRSS
 ];
 
+/// Loading a steering program for a tap (`linux/bpf.h`), where the tap is opened. What the driver
+/// asks for later is written to memory that the program reads, and takes no call; in ferry-nic the
+/// tap is opened before there is a filter.
+const STEERING_LOAD: &[u32] = &[
+    0, // BPF_MAP_CREATE
+    5, // BPF_PROG_LOAD
+];
+
 /// Kinds of threads that devices run.
 const DEVICE_THREADS: &[ThreadKind] = &[
     ThreadKind::VirtioNet,
@@ -332,6 +342,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 VFIO_IRQS,
                 VFIO_STATE,
             ],
+            bpf: STEERING_LOAD,
             resolves: true,
             starts: &[
                 ThreadKind::Vcpu,
@@ -357,6 +368,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 &["sendto"],
             ],
             ioctls: &[RUN, ROUTES, TAP_START, TAP_CONTROL, VFIO_IRQS],
+            bpf: &[],
             resolves: false,
             starts: DEVICE_THREADS,
         },
@@ -367,6 +379,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 &["recvfrom", "sendto", "shutdown", "writev"],
             ],
             ioctls: &[],
+            bpf: &[],
             resolves: false,
             starts: &[],
         },
@@ -394,6 +407,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 VFIO_STATE,
                 &[FIONBIO, FIONREAD],
             ],
+            bpf: &[],
             resolves: true,
             starts: DEVICE_THREADS,
         },
@@ -421,6 +435,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 VFIO_IRQS,
                 VFIO_STATE,
             ],
+            bpf: STEERING_LOAD,
             resolves: false,
             starts: &[
                 ThreadKind::Vcpu,
@@ -432,12 +447,14 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         ThreadKind::VirtioNet => Profile {
             calls: &[RUNTIME, QUEUES, &["readv", "writev"]],
             ioctls: &[],
+            bpf: &[],
             resolves: false,
             starts: &[],
         },
         ThreadKind::VirtioNetControl => Profile {
             calls: &[RUNTIME, QUEUES],
             ioctls: &[TAP_CONTROL],
+            bpf: &[],
             resolves: false,
             starts: &[],
         },
@@ -445,24 +462,28 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         ThreadKind::VhostUser => Profile {
             calls: &[RUNTIME, QUEUES, DEVICE_SOCKETS],
             ioctls: &[],
+            bpf: &[],
             resolves: false,
             starts: &[],
         },
         ThreadKind::VirtioConsole => Profile {
             calls: &[RUNTIME, QUEUES, &["accept4", "sendto"]],
             ioctls: &[CONSOLE],
+            bpf: &[],
             resolves: false,
             starts: &[],
         },
         ThreadKind::VirtioRng => Profile {
             calls: &[RUNTIME, QUEUES],
             ioctls: &[],
+            bpf: &[],
             resolves: false,
             starts: &[],
         },
         ThreadKind::Serial => Profile {
             calls: &[RUNTIME, &["accept4"]],
             ioctls: &[CONSOLE],
+            bpf: &[],
             resolves: false,
             starts: &[],
         },
@@ -470,6 +491,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         ThreadKind::VfioUser => Profile {
             calls: &[RUNTIME, DEVICE_SOCKETS],
             ioctls: &[],
+            bpf: &[],
             resolves: false,
             starts: &[],
         },
@@ -483,6 +505,7 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
                 &["accept4", "statx", "unlink"],
             ],
             ioctls: &[TAP_START, TAP_CONTROL],
+            bpf: &[],
             resolves: false,
             starts: &[
                 ThreadKind::VirtioNet,
@@ -494,12 +517,14 @@ pub(super) fn profile(kind: ThreadKind) -> Profile {
         ThreadKind::Signal => Profile {
             calls: &[RUNTIME, &["rt_sigtimedwait", "shutdown"]],
             ioctls: &[],
+            bpf: &[],
             resolves: false,
             starts: &[],
         },
         ThreadKind::EventMonitor | ThreadKind::DeviceNews => Profile {
             calls: &[RUNTIME],
             ioctls: &[],
+            bpf: &[],
             resolves: false,
             starts: &[],
         },

@@ -204,6 +204,31 @@ fn a_tap_is_set_to_hash_where_its_commands_are_carried_out() {
 }
 
 #[test]
+fn who_opens_a_tap_loads_programs_and_does_no_more() {
+    let test = "who_opens_a_tap_loads_programs_and_does_no_more";
+    let output = in_child(test, || {
+        for kind in [ThreadKind::MigrationReceive, ThreadKind::Vmm] {
+            run(kind, SeccompMode::Enforce, || {
+                // BPF_MAP_CREATE and BPF_PROG_LOAD.
+                for command in [0, 5] {
+                    // SAFETY: no attributes are given, so that nothing is read.
+                    let status = unsafe { libc::syscall(libc::SYS_bpf, command, 0, 0) };
+                    assert_eq!(status, -1);
+                }
+                eprintln!("programs may be loaded");
+            });
+        }
+        run(ThreadKind::Vmm, SeccompMode::Enforce, || {
+            // SAFETY: no attributes are given; BPF_MAP_LOOKUP_ELEM would need some.
+            unsafe { libc::syscall(libc::SYS_bpf, 1, 0, 0) };
+        });
+    });
+    forbidden(&output, "(vmm) called forbidden system call 321 (bpf)");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(said.matches("programs may be loaded").count(), 2, "{said}");
+}
+
+#[test]
 fn who_builds_an_arriving_vm_makes_no_memory_executable() {
     let test = "who_builds_an_arriving_vm_makes_no_memory_executable";
     let output = in_child(test, || {
