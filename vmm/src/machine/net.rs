@@ -7,9 +7,12 @@ use std::sync::Arc;
 
 use event_monitor::Event;
 use net_util::hash::HashTypes;
-use net_util::tap::{HashAbi, Tap, TapName};
-use virtio_devices::net::{Net, NetBackend, NetOptions, NetTotals, OffloadWatch};
+use net_util::tap::{HashAbi, Tap, TapName, TapQueue};
+use virtio_devices::net::{
+    Net, NetBackend, NetOptions, NetTotals, OffloadWatch, QueueSteering, TapSteering,
+};
 use virtio_devices::{KernelHelp, VhostUserNet, VhostUserOptions};
+use vm_migration::ErrorChain;
 
 use super::devices::{Board, VirtioFunction, function};
 use super::{Host, MachineError};
@@ -127,10 +130,12 @@ fn on_tap(config: &NetConfig, host: &Host) -> Result<Net, MachineError> {
             Tap::from_fds(fds).map_err(MachineError::device(id))?
         }
     };
-    let mut backends: Vec<Arc<dyn NetBackend>> = Vec::new();
-    for queue in tap.into_queues() {
-        backends.push(Arc::new(queue));
-    }
+    let queues: Vec<_> = tap.into_queues().into_iter().map(Arc::new).collect();
+    let first = queues.first().cloned();
+    let backends = queues
+        .into_iter()
+        .map(|queue| queue as Arc<dyn NetBackend>)
+        .collect();
     let options = NetOptions {
         id: id.clone(),
         mac: config.mac.map(|mac| mac.0).unwrap_or_default(),
@@ -142,7 +147,7 @@ fn on_tap(config: &NetConfig, host: &Host) -> Result<Net, MachineError> {
         hash_types: config.offered_hash_types(),
     };
     let net = Net::new(options, backends).map_err(MachineError::device(id))?;
-    Ok(match kernel_help(config, host)? {
+    Ok(match kernel_help(config, first, host)? {
         Some(help) => net.with_kernel_help(help),
         None => net,
     })
@@ -150,7 +155,11 @@ fn on_tap(config: &NetConfig, host: &Host) -> Result<Net, MachineError> {
 
 /// What the kernel may be asked to do for the card of `config`: nothing where it has no choice of
 /// queues, or is not to be asked.
-fn kernel_help(config: &NetConfig, host: &Host) -> Result<Option<KernelHelp>, MachineError> {
+fn kernel_help(
+    config: &NetConfig,
+    queue: Option<Arc<TapQueue>>,
+    host: &Host,
+) -> Result<Option<KernelHelp>, MachineError> {
     let id = &config.id;
     let required = match config.hash_backend {
         HashBackend::Software => return Ok(None),
@@ -169,9 +178,15 @@ fn kernel_help(config: &NetConfig, host: &Host) -> Result<Option<KernelHelp>, Ma
         }
     };
     let (events, card) = (host.events.clone(), id.clone());
+    let program = queue.map(TapSteering::load).transpose();
+    let steering = match program {
+        Ok(Some(program)) => Ok(Box::new(program) as Box<dyn QueueSteering>),
+        Ok(None) => Err("the card has no queue".to_owned()),
+        Err(error) => Err(ErrorChain(&error).to_string()),
+    };
     Ok(Some(KernelHelp {
         abi,
-        steering: Err("no steering program is loaded".to_owned()),
+        steering,
         on_mistrust: Box::new(move |reason| {
             events.tell(Event::HashBackendFallback {
                 id: card.clone(),

@@ -2,10 +2,15 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 
 use libc::iovec;
+use net_util::ctrl::RssConfig;
 use net_util::header::HeaderSize;
+use net_util::steering::{SteeringError, SteeringProgram};
 use net_util::tap::{HashAbi, KernelHash, Offloads, TapQueue};
+
+use super::offload::QueueSteering;
 
 /// Most buffers of one `readv` or `writev` (`UIO_MAXIOV`, uapi `linux/uio.h`).
 pub(super) const MAX_IOVECS: usize = 1024;
@@ -64,6 +69,42 @@ impl NetBackend for TapQueue {
             None => self.clear_vnet_hash(abi),
         }
         .map_err(io::Error::other)
+    }
+}
+
+/// A program in the kernel that steers the packets of one tap.
+pub struct TapSteering {
+    program: SteeringProgram,
+    queue: Arc<TapQueue>,
+    /// The tap has the program.
+    attached: bool,
+}
+
+impl TapSteering {
+    /// Loads a program for the tap that `queue` is of.
+    ///
+    /// # Errors
+    /// [`SteeringError`] says what is missing: the card steers without it.
+    pub fn load(queue: Arc<TapQueue>) -> Result<Self, SteeringError> {
+        Ok(Self {
+            program: SteeringProgram::load()?,
+            queue,
+            attached: false,
+        })
+    }
+}
+
+impl QueueSteering for TapSteering {
+    fn steer(&mut self, table: Option<&RssConfig>) -> io::Result<()> {
+        if let Some(table) = table {
+            self.program.update(table);
+        }
+        if table.is_some() != self.attached {
+            let program = table.map(|_| &self.program);
+            self.queue.set_steering(program).map_err(io::Error::other)?;
+            self.attached = table.is_some();
+        }
+        Ok(())
     }
 }
 

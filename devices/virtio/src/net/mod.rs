@@ -58,7 +58,7 @@ use net_util::tap::Offloads;
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U16;
 
-pub use backend::NetBackend;
+pub use backend::{NetBackend, TapSteering};
 pub use counters::{NetCounters, NetTotals};
 pub use offload::{HashedBy, KernelHelp, OffloadStatus, OnMistrust, QueueSteering, SteeredBy};
 
