@@ -27,7 +27,7 @@ fn a_new_device_has_a_place_if_there_is_a_guest() {
 
 #[test]
 fn a_migration_that_starts_says_what_it_learns_writes_from() {
-    let document: Value = serde_json::from_str(include_str!("openapi.json")).unwrap();
+    let document: Value = serde_json::from_str(include_str!("../openapi.json")).unwrap();
     let fixture = Fixture::new();
     let client = fixture.client();
     let asked = thread::spawn(move || {
