@@ -112,6 +112,36 @@ pub enum HashReport {
 }
 
 impl HashReport {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 10] = [
+        Self::None,
+        Self::IpV4,
+        Self::TcpV4,
+        Self::UdpV4,
+        Self::IpV6,
+        Self::TcpV6,
+        Self::UdpV6,
+        Self::IpV6Ex,
+        Self::TcpV6Ex,
+        Self::UdpV6Ex,
+    ];
+
+    /// What it is called in options and counters: the name of its type, or `none`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::IpV4 => "ipv4",
+            Self::TcpV4 => "tcpv4",
+            Self::UdpV4 => "udpv4",
+            Self::IpV6 => "ipv6",
+            Self::TcpV6 => "tcpv6",
+            Self::UdpV6 => "udpv6",
+            Self::IpV6Ex => "ip_ex",
+            Self::TcpV6Ex => "tcp_ex",
+            Self::UdpV6Ex => "udp_ex",
+        }
+    }
+
     /// The number on the wire (little-endian there).
     pub const fn code(self) -> u16 {
         match self {

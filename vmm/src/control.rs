@@ -217,9 +217,10 @@ impl Control {
     fn metrics(&self) -> Result<String, ApiError> {
         let migration = self.status().ok();
         let counters = self.guest.counters().unwrap_or_default();
+        let facts = self.guest.facts();
         let snapshot = metrics::Snapshot {
             version: env!("CARGO_PKG_VERSION"),
-            vm: self.guest.metrics(&counters),
+            vm: self.guest.metrics(&counters, &facts),
             migration: migration.as_ref(),
             events_dropped: self.host.events.dropped(),
         };

@@ -14,7 +14,7 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::api::{Counters, Downtime, MigrationStatus, Side, VmState};
+use crate::api::{Counters, Downtime, Facts, MigrationStatus, Side, VmState, split_queue_counter};
 
 /// What the metrics are made of.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +40,8 @@ pub struct VmSnapshot<'a> {
     pub memory_bytes: u64,
     /// The counters of its devices, as `vm.counters` has them.
     pub counters: &'a Counters,
+    /// What is known of its devices, as `vm.info` has it.
+    pub facts: &'a Facts,
 }
 
 type UnsignedGauge = Gauge<u64, AtomicU64>;
@@ -48,6 +50,20 @@ type UnsignedGauge = Gauge<u64, AtomicU64>;
 struct DeviceLabels {
     device: String,
     counter: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct QueueLabels {
+    device: String,
+    queue: usize,
+    counter: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FactLabels {
+    device: String,
+    fact: String,
+    value: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -113,20 +129,54 @@ fn register_vm(registry: &mut Registry, vm: &VmSnapshot<'_>) {
     registry.register("vm_vcpus", "Virtual CPUs", vcpus);
     let memory = ConstGauge::new(vm.memory_bytes);
     registry.register_with_unit("vm_memory", "Guest RAM", Unit::Bytes, memory);
+    register_devices(registry, vm);
+}
+
+fn register_devices(registry: &mut Registry, vm: &VmSnapshot<'_>) {
     let counters = Family::<DeviceLabels, Counter>::default();
+    let queues = Family::<QueueLabels, Counter>::default();
     for (device, values) in vm.counters {
         for (counter, value) in values {
-            let labels = DeviceLabels {
-                device: device.clone(),
-                counter: counter.clone(),
-            };
-            counters.get_or_create(&labels).inc_by(*value);
+            let device = device.clone();
+            if let Some((queue, counter)) = split_queue_counter(counter) {
+                let labels = QueueLabels {
+                    device,
+                    queue,
+                    counter: counter.to_owned(),
+                };
+                queues.get_or_create(&labels).inc_by(*value);
+            } else {
+                let counter = counter.clone();
+                let labels = DeviceLabels { device, counter };
+                counters.get_or_create(&labels).inc_by(*value);
+            }
         }
     }
     registry.register(
         "device",
         "Counters of the devices, as vm.counters has them",
         counters,
+    );
+    registry.register(
+        "device_queue",
+        "Counters of the devices' queue pairs; those of the devices are their sums",
+        queues,
+    );
+    let facts = Family::<FactLabels, UnsignedGauge>::default();
+    for (device, known) in vm.facts {
+        for (fact, value) in known {
+            let labels = FactLabels {
+                device: device.clone(),
+                fact: fact.clone(),
+                value: value.clone(),
+            };
+            facts.get_or_create(&labels).set(1);
+        }
+    }
+    registry.register(
+        "device_fact",
+        "1 for what is known of the devices, as vm.info has it",
+        facts,
     );
 }
 
@@ -224,6 +274,10 @@ mod tests {
         let mut counters = Counters::new();
         let nic = counters.entry("_net0".to_owned()).or_default();
         nic.insert("rx_bytes".to_owned(), 7);
+        nic.insert("queue1_rx_bytes".to_owned(), 5);
+        let mut facts = Facts::new();
+        let nic = facts.entry("_net0".to_owned()).or_default();
+        nic.insert("steering".to_owned(), "ebpf".to_owned());
         let json = r#"{"side": "source", "phase": {"name": "precopy", "round": 2}, "elapsed_ms": 1,
             "rounds": 1, "bytes": 99, "pages": 10, "zero_pages": 4, "memory_bytes": 1024,
             "device_bytes": 3, "remaining_pages": 12, "dirty_pages_per_second": null,
@@ -239,6 +293,7 @@ mod tests {
             vcpus: 2,
             memory_bytes: 1 << 30,
             counters: &counters,
+            facts: &facts,
         };
         let text = render(&Snapshot {
             version: "1",
@@ -253,6 +308,8 @@ mod tests {
             "ferry_vm_vcpus 2",
             "ferry_vm_memory_bytes 1073741824",
             "ferry_device_total{device=\"_net0\",counter=\"rx_bytes\"} 7",
+            "ferry_device_queue_total{device=\"_net0\",queue=\"1\",counter=\"rx_bytes\"} 5",
+            "ferry_device_fact{device=\"_net0\",fact=\"steering\",value=\"ebpf\"} 1",
             "ferry_migration_phase{side=\"source\",phase=\"precopy\"} 1",
             "ferry_migration_wire_bytes_total 99",
             "ferry_migration_remaining_pages 12",

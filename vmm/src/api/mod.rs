@@ -7,6 +7,7 @@
 
 mod channel;
 mod client;
+mod counters;
 mod error;
 mod request;
 mod routes;
@@ -18,9 +19,10 @@ mod tests;
 
 pub use channel::{ApiHandle, ApiInbox, ApiReceiver, ApiSendError, Responder, channel};
 pub use client::{ApiClient, ClientError};
+pub use counters::{Counters, Facts, queue_counter, split_queue_counter};
 pub use error::{ApiError, ApiStatus};
 pub use request::{
-    ApiReply, ApiRequest, Counters, DirtySourceInfo, PciDeviceInfo, ReceiveDeviceConfig,
+    ApiReply, ApiRequest, DirtySourceInfo, PciDeviceInfo, ReceiveDeviceConfig,
     ReceiveMigrationConfig, ReceiveNetConfig, ReceiveUserDeviceConfig, RemoveDeviceConfig,
     SendMigrationConfig, SendMigrationInfo, VmInfo, VmState, VmmPing,
 };

@@ -1,11 +1,12 @@
 //! What can be asked of the VMM, and what it answers. The JSON keys are Cloud Hypervisor's.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use vm_migration::migrate::{Address, MigrationParams, MigrationStatus, TimeoutStrategy};
 
+use super::counters::{Counters, Facts};
 use crate::config::{
     ConfigError, ConsoleConfig, DeviceConfig, DirtyLogConfig, NetConfig, NewDevice, PlatformConfig,
     VmConfig, check_id, check_ifname, check_place,
@@ -104,9 +105,6 @@ pub enum ApiReply {
     Metrics(String),
 }
 
-/// Counters by device id (`vcpus` for the vCPUs), then by counter name.
-pub type Counters = BTreeMap<String, BTreeMap<String, u64>>;
-
 /// The answer to `vm.add-device` and its like.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PciDeviceInfo {
@@ -161,7 +159,7 @@ pub struct VmInfo {
     pub memory_actual_size: u64,
     /// Facts about each device by its id: what serves it and why, ptys, backends.
     #[serde(default)]
-    pub devices: BTreeMap<String, BTreeMap<String, String>>,
+    pub devices: Facts,
     /// How this host's KVM keeps the dirty log: what `config.memory.dirty_log` asks for, as far as
     /// KVM has it. Only of a VM that is built.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -1,10 +1,8 @@
 //! What there is of a VM, and what can be done to it.
 
-use std::collections::BTreeMap;
-
 use event_monitor::{Event, EventMonitor};
 
-use crate::api::{ApiError, Counters, VmInfo, VmState};
+use crate::api::{ApiError, Counters, Facts, VmInfo, VmState};
 use crate::config::{DirtyLogConfig, VmConfig};
 use crate::machine::{Host, Machine, MachineError};
 use crate::metrics::VmSnapshot;
@@ -213,9 +211,9 @@ impl Guest {
         }
     }
 
-    fn facts(&self) -> BTreeMap<String, BTreeMap<String, String>> {
+    pub(super) fn facts(&self) -> Facts {
         let Self::On { machine, .. } = self else {
-            return BTreeMap::new();
+            return Facts::new();
         };
         machine.devices().facts()
     }
@@ -227,13 +225,18 @@ impl Guest {
         }
     }
 
-    pub(super) fn metrics<'a>(&self, counters: &'a Counters) -> Option<VmSnapshot<'a>> {
+    pub(super) fn metrics<'a>(
+        &self,
+        counters: &'a Counters,
+        facts: &'a Facts,
+    ) -> Option<VmSnapshot<'a>> {
         let (config, state) = self.state()?;
         Some(VmSnapshot {
             state,
             vcpus: config.cpus.boot_vcpus,
             memory_bytes: config.memory.size,
             counters,
+            facts,
         })
     }
 

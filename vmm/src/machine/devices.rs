@@ -24,7 +24,7 @@ use super::net::NetFunction;
 use super::passthrough::{self, PassthroughFunction};
 use super::pci::PciRoot;
 use super::{Host, MachineError, hotplug, net};
-use crate::api::Counters;
+use crate::api::{Counters, Facts};
 use crate::config::{ConsoleConfig, RngConfig, VmConfig};
 use crate::interrupts::{Fabric, InterruptManager};
 use crate::layout;
@@ -172,14 +172,14 @@ impl Devices {
         self.virtio
             .iter()
             .filter_map(|function| {
-                let totals = function.counters.as_ref()?.totals();
-                Some((function.id.clone(), net::counters(&totals)))
+                let counters = function.counters.as_ref()?;
+                Some((function.id.clone(), net::counters(counters.pairs())))
             })
             .collect()
     }
 
     /// What is worth knowing of each device besides its configuration.
-    pub fn facts(&self) -> BTreeMap<String, BTreeMap<String, String>> {
+    pub fn facts(&self) -> Facts {
         let mut all = BTreeMap::new();
         let pty = self.serial.as_ref().and_then(|serial| {
             serial

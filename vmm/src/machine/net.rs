@@ -1,5 +1,7 @@
 //! Network cards of a machine, on taps and on vhost-user backends.
 
+mod counters;
+
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
 use std::path::PathBuf;
@@ -8,9 +10,7 @@ use std::sync::Arc;
 use event_monitor::Event;
 use net_util::hash::HashTypes;
 use net_util::tap::{HashAbi, Tap, TapName, TapQueue};
-use virtio_devices::net::{
-    Net, NetBackend, NetOptions, NetTotals, OffloadWatch, QueueSteering, TapSteering,
-};
+use virtio_devices::net::{Net, NetBackend, NetOptions, OffloadWatch, QueueSteering, TapSteering};
 use virtio_devices::{KernelHelp, VhostUserNet, VhostUserOptions};
 use vm_migration::ErrorChain;
 
@@ -19,6 +19,7 @@ use super::{Host, MachineError};
 use crate::config::{HashBackend, NetConfig};
 use crate::inherited;
 use crate::notice::ExitReason;
+pub(super) use counters::counters;
 
 /// The kind of a card on a tap.
 pub const TAP: &str = "virtio-net";
@@ -203,23 +204,3 @@ fn kernel_help(
      hash_backend=auto"
 )]
 struct NoKernelHash;
-
-/// A card's counters by name.
-pub(super) fn counters(totals: &NetTotals) -> BTreeMap<String, u64> {
-    let named = [
-        ("rx_frames", totals.rx_packets),
-        ("rx_bytes", totals.rx_bytes),
-        ("rx_dropped", totals.rx_dropped),
-        ("rx_handed_over", totals.rx_handed_over),
-        ("rx_hand_over_dropped", totals.rx_hand_over_dropped),
-        ("tx_frames", totals.tx_packets),
-        ("tx_bytes", totals.tx_bytes),
-        ("tx_dropped", totals.tx_dropped),
-        ("hashed", totals.hashed()),
-        ("announcements", totals.announcements),
-    ];
-    named
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), value))
-        .collect()
-}

@@ -1,12 +1,13 @@
 //! What went through a network card.
 
+use std::iter::Sum;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use net_util::hash::HashReport;
 use serde::{Deserialize, Serialize};
 
 /// Number of hash reports, "none" included.
-const REPORTS: usize = 10;
+const REPORTS: usize = HashReport::ALL.len();
 
 /// Counters of one queue pair, each written by its one worker thread.
 #[derive(Debug, Default)]
@@ -67,6 +68,22 @@ impl PairCounters {
             counter.fetch_add(1, Ordering::Relaxed);
         }
     }
+
+    fn read(&self) -> NetTotals {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        NetTotals {
+            rx_packets: get(&self.rx_packets),
+            rx_bytes: get(&self.rx_bytes),
+            rx_dropped: get(&self.rx_dropped),
+            rx_handed_over: get(&self.handed_over),
+            rx_hand_over_dropped: get(&self.hand_over_dropped),
+            tx_packets: get(&self.tx_packets),
+            tx_bytes: get(&self.tx_bytes),
+            tx_dropped: get(&self.tx_dropped),
+            announcements: get(&self.announcements),
+            hash_reports: self.reports.each_ref().map(get),
+        }
+    }
 }
 
 /// Counters of a network card; they count from its creation and may be read at any time.
@@ -86,29 +103,18 @@ impl NetCounters {
         self.pairs.get(index)
     }
 
+    /// The counters of each queue pair, in their order.
+    pub fn pairs(&self) -> impl ExactSizeIterator<Item = NetTotals> {
+        self.pairs.iter().map(PairCounters::read)
+    }
+
     /// The sums over all queue pairs.
     pub fn totals(&self) -> NetTotals {
-        let mut totals = NetTotals::default();
-        for pair in &self.pairs {
-            let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-            totals.rx_packets += get(&pair.rx_packets);
-            totals.rx_bytes += get(&pair.rx_bytes);
-            totals.rx_dropped += get(&pair.rx_dropped);
-            totals.rx_handed_over += get(&pair.handed_over);
-            totals.rx_hand_over_dropped += get(&pair.hand_over_dropped);
-            totals.announcements += get(&pair.announcements);
-            totals.tx_packets += get(&pair.tx_packets);
-            totals.tx_bytes += get(&pair.tx_bytes);
-            totals.tx_dropped += get(&pair.tx_dropped);
-            for (sum, counter) in totals.hash_reports.iter_mut().zip(&pair.reports) {
-                *sum += get(counter);
-            }
-        }
-        totals
+        self.pairs().sum()
     }
 }
 
-/// A reading of [`NetCounters`]. Bytes are those of frames, without virtio-net headers.
+/// A reading of [`NetCounters`], of one queue pair or of all. Bytes are those of frames, without virtio-net headers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct NetTotals {
     /// Packets given to the guest.
@@ -141,5 +147,25 @@ impl NetTotals {
     /// Packets given to the guest with a hash.
     pub fn hashed(&self) -> u64 {
         self.hash_reports.iter().skip(1).sum()
+    }
+}
+
+impl Sum for NetTotals {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(Self::default(), |mut sum, one| {
+            sum.rx_packets += one.rx_packets;
+            sum.rx_bytes += one.rx_bytes;
+            sum.rx_dropped += one.rx_dropped;
+            sum.rx_handed_over += one.rx_handed_over;
+            sum.rx_hand_over_dropped += one.rx_hand_over_dropped;
+            sum.tx_packets += one.tx_packets;
+            sum.tx_bytes += one.tx_bytes;
+            sum.tx_dropped += one.tx_dropped;
+            sum.announcements += one.announcements;
+            for (sum, count) in sum.hash_reports.iter_mut().zip(one.hash_reports) {
+                *sum += count;
+            }
+            sum
+        })
     }
 }
