@@ -25,6 +25,7 @@ use vmm::config::{
 Examples:
   ferryctl --api-socket /run/a.sock create vm.json && ferryctl --api-socket /run/a.sock boot
   ferryctl --api-socket /run/a.sock info
+  ferryctl --api-socket /run/a.sock top --interval-ms 2000
   ferryctl migrate --from /run/a.sock --to /run/b.sock --url unix:/run/move.sock"
 )]
 pub(crate) struct Cli {
@@ -102,10 +103,29 @@ pub(crate) enum Verb {
     CancelMigration,
     /// Shows metrics as Prometheus text (GET vm.metrics).
     Metrics,
+    /// Shows what the devices do, queue by queue, per second (vm.info and vm.counters in turn).
+    ///
+    /// For each queue pair of a network card: frames and bytes received and sent, frames moved to
+    /// another queue because the tap gave them to the wrong one, and hash reports by type, all per
+    /// second; and frames dropped since the start. Beside the card's name is who hashes and who
+    /// chooses the queue, and why. Ends with Ctrl-C.
+    Top(Watch),
     /// Moves a VM from one ferry to another, shows how it goes, and reports.
     ///
     /// Interrupted (Ctrl-C), the migration goes on; cancel-migration at the source ends it.
     Migrate(Order),
+}
+
+/// How to watch.
+#[derive(Debug, Args)]
+pub(crate) struct Watch {
+    /// Milliseconds from one screen to the next.
+    #[arg(long, value_name = "MS", default_value_t = 1000,
+          value_parser = clap::value_parser!(u64).range(10..=3_600_000))]
+    pub(crate) interval_ms: u64,
+    /// End after so many screens.
+    #[arg(long, value_name = "N")]
+    pub(crate) count: Option<u64>,
 }
 
 /// A whole migration.
@@ -389,6 +409,7 @@ mod tests {
             ("send-migration unix:/x --max-bandwidth 0", "above zero"),
             ("--api-socket path= ping", "empty"),
             ("reboot", "unrecognized subcommand"),
+            ("top --interval-ms 0", "10..="),
         ] {
             let error = parse(arguments).unwrap_err().to_string();
             assert!(error.contains(part), "{arguments}: {error}");

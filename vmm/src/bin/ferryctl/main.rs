@@ -3,6 +3,7 @@
 mod cli;
 mod migrate;
 mod report;
+mod top;
 
 use std::error::Error;
 use std::io::{self, Read, Write};
@@ -50,6 +51,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         Verb::Counters => show(cli, "vm.counters"),
         Verb::Migration => show(cli, "vm.migration"),
         Verb::Metrics => print(&client(cli)?.get_text("vm.metrics")?),
+        Verb::Top(watch) => top::run(&client(cli)?, watch),
         Verb::Create { config } => Ok(client(cli)?.put_json("vm.create", &read_config(config)?)?),
         Verb::Boot => tell(cli, "vm.boot"),
         Verb::Pause => tell(cli, "vm.pause"),
