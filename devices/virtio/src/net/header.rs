@@ -98,7 +98,7 @@ impl RxHeader for Plain {
 }
 
 /// What the driver set about hashes and queues, made ready.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Classifier {
     hasher: PacketHasher,
     table: Option<RssConfig>,
@@ -153,6 +153,18 @@ impl ClassifierCell {
             changes: AtomicU64::new(0),
             now: Mutex::new(Arc::new(Classifier::new(hashing, pairs, false))),
             trust: Trust::default(),
+        }
+    }
+
+    /// From the next packet that is read on, the kernel's reports are not looked at: it is about to
+    /// be told of settings that workers do not know yet.
+    pub(super) fn look_away(&self) {
+        let mut now = self.now.lock();
+        if now.kernel {
+            let mut without = Classifier::clone(&now);
+            without.kernel = false;
+            *now = Arc::new(without);
+            self.changes.fetch_add(1, Ordering::Release);
         }
     }
 

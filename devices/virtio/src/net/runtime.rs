@@ -170,6 +170,7 @@ impl Shared {
         let (Some(offload), Some(first)) = (offload.as_mut(), self.backends.first()) else {
             return false;
         };
+        self.classifier.look_away();
         let trust = &self.classifier.trust;
         let wish = Wish {
             hashing,

@@ -87,13 +87,19 @@ impl Helpful {
 
     /// Sends a datagram of `flow` for which the kernel reports `hash` as `report`, from the queue
     /// `pair` of the tap.
-    fn send(&self, pair: usize, flow: u16, (hash, report): (u32, u16)) {
-        let mut packet = vec![0; 20];
-        packet[12..16].copy_from_slice(&hash.to_le_bytes());
-        packet[16..18].copy_from_slice(&report.to_le_bytes());
-        packet.extend(datagram(flow, 0, 60));
+    fn send(&self, pair: usize, flow: u16, hash: (u32, u16)) {
+        let packet = reported(flow, hash);
         (&self.host.peers[pair]).write_all(&packet).unwrap();
     }
+}
+
+/// A datagram of `flow` for which the kernel reports `hash` as `report`.
+fn reported(flow: u16, (hash, report): (u32, u16)) -> Vec<u8> {
+    let mut packet = vec![0; 20];
+    packet[12..16].copy_from_slice(&hash.to_le_bytes());
+    packet[16..18].copy_from_slice(&report.to_le_bytes());
+    packet.extend(datagram(flow, 0, 60));
+    packet
 }
 
 /// Has packets from before a change of settings come to an end.
@@ -229,4 +235,31 @@ fn the_kernel_is_asked_again_when_the_card_goes_on() {
     guest.card.driver.device.resume().unwrap();
     let hash = Call::Hash(true, 5, 0x6d, vec![1, 0], 0, 2);
     assert_eq!(helpful.asked(), [Call::NoHash, hash]);
+}
+
+#[test]
+fn hashes_by_settings_that_workers_do_not_know_yet_are_no_reproach() {
+    let helpful = Helpful::new(true, None);
+    let (mut guest, watch) = helpful.guest(MQ | features::HASH_REPORT);
+    let table = [0, 1];
+    assert_eq!(guest.command(&rss_config(TYPES, &table, 1, 2)), 0);
+    guest.post_all(16);
+    let flow = flow_to(1, &table);
+    settle(&helpful, &mut guest, flow, 1);
+    // Told of a new key, the kernel hashes the next packet by it at once.
+    let counters = Arc::clone(&guest.card.counters);
+    let peer = helpful.host.peers[1].try_clone().unwrap();
+    let hook = move || {
+        let before = counters.totals().rx_packets;
+        (&peer).write_all(&reported(flow, (0xbeef, 3))).unwrap();
+        wait_for("packet", || counters.totals().rx_packets > before);
+    };
+    *helpful.host.hook.lock() = Some(Box::new(hook));
+    let mut other_key = rss_config(TYPES, &table, 1, 2);
+    *other_key.last_mut().unwrap() ^= 1;
+    assert_eq!(guest.command(&other_key), 0);
+    let packet = guest.wait_packet(1);
+    assert_eq!(guest.read(&packet).hash, hash_of(flow));
+    assert_eq!(*helpful.told.lock(), Vec::<String>::new());
+    assert_eq!(watch.status().hashes, HashedBy::Kernel);
 }

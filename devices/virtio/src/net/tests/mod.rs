@@ -52,7 +52,11 @@ struct Fake {
     index: usize,
     end: OwnedFd,
     calls: Arc<Mutex<Vec<Call>>>,
+    hook: Hook,
 }
+
+/// Is called while the kernel is told what to hash.
+type Hook = Arc<Mutex<Option<Box<dyn Fn() + Send>>>>;
 
 impl AsFd for Fake {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -90,6 +94,9 @@ impl NetBackend for Fake {
             rss.unclassified,
             hash.queues,
         ));
+        if let Some(hook) = self.hook.lock().as_ref() {
+            hook();
+        }
         Ok(())
     }
 }
@@ -99,6 +106,7 @@ struct Host {
     ends: Vec<OwnedFd>,
     peers: Vec<File>,
     calls: Arc<Mutex<Vec<Call>>>,
+    hook: Hook,
     options: NetOptions,
 }
 
@@ -121,6 +129,7 @@ impl Host {
             ends,
             peers,
             calls: Arc::default(),
+            hook: Arc::default(),
             options: NetOptions {
                 id: "_net0".into(),
                 mac: MAC,
@@ -141,6 +150,7 @@ impl Host {
                 index,
                 end: end.try_clone().unwrap(),
                 calls: Arc::clone(&self.calls),
+                hook: Arc::clone(&self.hook),
             }) as Arc<dyn NetBackend>
         });
         Net::new(self.options.clone(), backends.collect()).unwrap()
