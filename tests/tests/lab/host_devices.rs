@@ -139,12 +139,17 @@ impl Pair {
     }
 
     /// TCP both ways, one after the other, each byte and the checksum compared.
-    pub(crate) fn stream(&self, linux: &mut Linux, dir: &Path, when: &str) -> Result<()> {
+    fn stream(&self, linux: &mut Linux, dir: &Path, when: &str) -> Result<()> {
         self.stream_of(linux, dir, (when, STREAM_MIB << 20))
     }
 
     /// The same of so many bytes.
-    fn stream_of(&self, linux: &mut Linux, dir: &Path, (when, bytes): (&str, u64)) -> Result<()> {
+    pub(crate) fn stream_of(
+        &self,
+        linux: &mut Linux,
+        dir: &Path,
+        (when, bytes): (&str, u64),
+    ) -> Result<()> {
         let limits = format!("--bytes {bytes}");
         let limit = Duration::from_secs(60 + (bytes >> 20) / SLOWEST);
         for direction in [Direction::In, Direction::Out] {

@@ -59,11 +59,13 @@ fn serves(card: &str, options: &[&str], reboots: bool) -> Result<()> {
         linux.reboot(dir.path())?;
         VIRTIO.configure(&mut linux)?;
     }
-    VIRTIO.stream(&mut linux, dir.path(), "served")?;
+    VIRTIO.stream_of(&mut linux, dir.path(), ("served", 8 << 20))?;
     let irqs = linux.shell.ask("cat /proc/interrupts")?;
     ensure!(irqs.contains("MSI"), "no MSI-X: {irqs}");
     let words = linux.ferry.process.output();
-    ensure!(!words.contains("WARN"), "{words}");
+    for left in ["not destroyed", "not detached", "stays open"] {
+        ensure!(!words.contains(left), "{words}");
+    }
     linux.power_off()
 }
 
