@@ -24,6 +24,8 @@
 struct rest {
 	const u8 *at;
 	unsigned int length;
+	/* How long it should be, by the IP header. */
+	unsigned int claimed;
 };
 
 static bool skip(struct rest *rest, unsigned int bytes)
@@ -32,16 +34,27 @@ static bool skip(struct rest *rest, unsigned int bytes)
 		return false;
 	rest->at += bytes;
 	rest->length -= bytes;
+	rest->claimed -= min(bytes, rest->claimed);
 	return true;
 }
 
-/* Takes the ports if they are there. */
-static void find_ports(const struct rest *rest, u8 proto, struct vnet_flow *flow)
+/* What is behind the length in the IP header is padding. */
+static void claim(struct rest *rest, unsigned int bytes)
 {
-	if ((proto != IPPROTO_TCP && proto != IPPROTO_UDP) || rest->length < 4)
-		return;
+	rest->claimed = bytes;
+	rest->length = min(rest->length, bytes);
+}
+
+/* Takes the ports if the packet has any; false if it should have and they are cut off. */
+static bool find_ports(const struct rest *rest, u8 proto, struct vnet_flow *flow)
+{
+	if ((proto != IPPROTO_TCP && proto != IPPROTO_UDP) || rest->claimed < 4)
+		return true;
+	if (rest->length < 4)
+		return false;
 	flow->proto = proto;
 	memcpy(flow->input + flow->addresses, rest->at, 4);
+	return true;
 }
 
 static bool find_v4(struct rest rest, struct vnet_flow *flow)
@@ -55,26 +68,23 @@ static bool find_v4(struct rest rest, struct vnet_flow *flow)
 	if (header.version != 4 || header.ihl < 5 || rest.length < header.ihl * 4)
 		return false;
 	total = ntohs(header.tot_len);
-	if (total) {
-		if (total < header.ihl * 4)
-			return false;
-		/* What follows is padding. */
-		rest.length = min(rest.length, total);
-	}
+	if (total < header.ihl * 4)
+		return false;
+	claim(&rest, total);
 	flow->v6 = false;
 	flow->addresses = 8;
 	memcpy(flow->input, &header.saddr, 4);
 	memcpy(flow->input + 4, &header.daddr, 4);
 	/* Not all fragments have ports, so none shall be hashed by them. */
-	if (!(header.frag_off & htons(IP_MF | IP_OFFSET)) && skip(&rest, header.ihl * 4))
-		find_ports(&rest, header.protocol, flow);
-	return true;
+	if (header.frag_off & htons(IP_MF | IP_OFFSET))
+		return true;
+	return skip(&rest, header.ihl * 4) && find_ports(&rest, header.protocol, flow);
 }
 
 /* Whether the options of a destination options header are sound. */
 static bool options_sound(const u8 *header, unsigned int length)
 {
-	struct rest rest = { header, length };
+	struct rest rest = { header, length, length };
 
 	if (!skip(&rest, 2))
 		return false;
@@ -101,8 +111,7 @@ static bool find_v6(struct rest rest, struct vnet_flow *flow)
 	if (header.version != 6)
 		return false;
 	skip(&rest, sizeof(header));
-	if (header.payload_len)
-		rest.length = min_t(unsigned int, rest.length, ntohs(header.payload_len));
+	claim(&rest, ntohs(header.payload_len));
 	flow->v6 = true;
 	flow->addresses = 32;
 	memcpy(flow->input, &header.saddr, 16);
@@ -112,6 +121,7 @@ static bool find_v6(struct rest rest, struct vnet_flow *flow)
 		case NEXTHDR_HOP:
 		case NEXTHDR_ROUTING:
 		case NEXTHDR_DEST:
+		case NEXTHDR_MOBILITY:
 		case NEXTHDR_HIP:
 		case NEXTHDR_SHIM6:
 			if (rest.length < 2)
@@ -124,10 +134,10 @@ static bool find_v6(struct rest rest, struct vnet_flow *flow)
 			bytes = (rest.at[1] + 2) * 4;
 			break;
 		case NEXTHDR_FRAGMENT:
+		case NEXTHDR_ESP:
 			return rest.length >= 8;
 		default:
-			find_ports(&rest, next, flow);
-			return true;
+			return find_ports(&rest, next, flow);
 		}
 		if (!skip(&rest, bytes))
 			return false;
@@ -158,7 +168,6 @@ bool vnet_flow_find(const struct sk_buff *skb, struct vnet_flow *flow)
 			return find_v6(rest, flow);
 		case htons(ETH_P_8021Q):
 		case htons(ETH_P_8021AD):
-		case htons(ETH_P_QINQ1):
 			if (!skip(&rest, 2))
 				return false;
 			break;
