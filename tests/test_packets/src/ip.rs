@@ -1,5 +1,6 @@
 //! Packets of IPv4 and IPv6, right or deliberately not.
 
+use crate::kinds::ESP;
 use crate::{Addresses, Flow, Random, Transport};
 
 /// What a frame carries.
@@ -166,7 +167,9 @@ impl V6 {
             bytes,
             flow: Some(Flow {
                 addresses: Addresses::V6(join(self.source, self.destination)),
-                extended: (!self.chain.is_empty()).then(|| join(home, routed)),
+                // An encrypted payload is behind an extension header too (RFC 8200 §4).
+                extended: (!self.chain.is_empty() || self.protocol == ESP)
+                    .then(|| join(home, routed)),
                 ports: ports(transport, &self.payload),
             }),
         }

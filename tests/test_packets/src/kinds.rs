@@ -15,12 +15,13 @@ const IPV6: u8 = 41;
 const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const GRE: u8 = 47;
-const ESP: u8 = 50;
+pub(crate) const ESP: u8 = 50;
 const AUTHENTICATION: u8 = 51;
 const ICMPV6: u8 = 58;
 const NOTHING: u8 = 59;
 const DESTINATION: u8 = 60;
 const SCTP: u8 = 132;
+const MOBILITY: u8 = 135;
 const HIP: u8 = 139;
 const SHIM6: u8 = 140;
 
@@ -139,7 +140,7 @@ fn option_header(random: &mut Random) -> Vec<u8> {
 
 /// A header that holds no address that matters.
 fn plain_header(random: &mut Random) -> (u8, Vec<u8>) {
-    let kind = *random.pick(&[DESTINATION, ROUTING, AUTHENTICATION, HIP, SHIM6]);
+    let kind = *random.pick(&[DESTINATION, ROUTING, AUTHENTICATION, MOBILITY, HIP, SHIM6]);
     let rest = match kind {
         DESTINATION => option_header(random),
         // Types 0 (obsolete) and 3 and 4 (none of whose addresses is a home address), none left.
@@ -320,14 +321,14 @@ fn padded(random: &mut Random) -> Body {
     }
 }
 
-/// The frame ends within the ports.
+/// The frame ends within the ports, which by the packet's length should be there.
 fn ports_cut_off(random: &mut Random) -> Body {
     let transport = either(random);
     let there = usize::from(random.below(4));
     if random.one_in(2) {
-        v4(random, transport).body(None).cut(20 + there)
+        v4(random, transport).body(None).broken().cut(20 + there)
     } else {
-        v6(random, transport).body(None).cut(40 + there)
+        v6(random, transport).body(None).broken().cut(40 + there)
     }
 }
 
@@ -419,7 +420,7 @@ fn broken_chain(random: &mut Random) -> Body {
 fn not_ip(random: &mut Random) -> Body {
     let (_, packet) = inner(random);
     let length = usize::from(random.below(100));
-    let (ether_type, bytes) = match random.below(6) {
+    let (ether_type, bytes) = match random.below(7) {
         0 => (0x0806, random.vec(28)),
         1 => (0x88cc, random.vec(40)),
         2 => (
@@ -428,6 +429,8 @@ fn not_ip(random: &mut Random) -> Body {
         ),
         3 => (0x8847, [&[0, 0, 0x11, 64][..], &packet].concat()),
         4 => (60, random.vec(60)),
+        // A tag from before 802.1ad, which is none any more.
+        5 => (0x9100, [&[0, 7, 0x08, 0x00][..], &packet].concat()),
         _ => (0x88b5, random.vec(length)),
     };
     Body {

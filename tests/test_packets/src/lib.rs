@@ -27,8 +27,8 @@ use kinds::{KINDS, Make};
 const MARK: [u8; 2] = [0x02, 0xfe];
 /// Bytes of an Ethernet header.
 const ETHERNET_BYTES: usize = 14;
-/// Tags of 802.1Q and 802.1ad, and the one that was used before the latter.
-const TAGS: [u16; 3] = [0x8100, 0x88a8, 0x9100];
+/// Tags of 802.1Q and 802.1ad.
+const TAGS: [u16; 2] = [0x8100, 0x88a8];
 
 /// A frame, and what it is.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -53,12 +53,7 @@ impl Frame {
     /// As Linux hands it to packet sockets: without its first tag; `None` if Linux drops it before,
     /// which it does with a tag that less than four bytes follow.
     pub fn untagged(&self) -> Option<Vec<u8>> {
-        let kind = self.bytes.get(12..ETHERNET_BYTES)?;
-        // The older tag is none to Linux.
-        if ![TAGS[0], TAGS[1]]
-            .iter()
-            .any(|tag| kind == tag.to_be_bytes())
-        {
+        if self.tags == 0 {
             return Some(self.bytes.clone());
         }
         let behind = self.bytes.get(ETHERNET_BYTES + 2..)?;
