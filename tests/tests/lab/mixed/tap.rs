@@ -12,7 +12,7 @@ use e2e::process::wait_for;
 pub(crate) enum Tap {
     /// The distribution's.
     Stock,
-    /// With the ioctls of a generation (5 or 12) of the series, and these of its defects.
+    /// With the ioctls of a generation (5 or 12) of the series, and later these of its defects.
     Patched(u8, &'static str),
 }
 
@@ -44,23 +44,37 @@ fn unload() -> Result<()> {
 }
 
 impl Tap {
+    /// What it is called.
+    pub(crate) fn name(self) -> String {
+        match self {
+            Self::Stock => "stock".to_owned(),
+            Self::Patched(generation, "") => format!("v{generation}"),
+            Self::Patched(generation, _) => format!("v{generation}-defects"),
+        }
+    }
+
     /// Loads it instead of the one that is loaded.
     pub(crate) fn load(self) -> Result<Loaded> {
-        if let Self::Patched(generation, defects) = self {
+        if let Self::Patched(generation, _) = self {
             unload()?;
             let scripts =
                 Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/lab.d/load-modules");
             let scripts = scripts.to_str().context("a path that is no text")?;
-            succeed(
-                scripts,
-                &[
-                    "tun",
-                    &format!("generation={generation}"),
-                    &format!("defects={defects}"),
-                ],
-            )?;
+            succeed(scripts, &["tun", &format!("generation={generation}")])?;
         }
         Ok(Loaded(self))
+    }
+}
+
+impl Loaded {
+    /// Lets the defects in; whether there are any.
+    pub(crate) fn spoil(&self) -> Result<bool> {
+        let Tap::Patched(_, defects) = self.0 else {
+            return Ok(false);
+        };
+        // Also if there are none: the parameter must be there.
+        std::fs::write("/sys/module/tun/parameters/defects", format!("{defects}\n"))?;
+        Ok(!defects.is_empty())
     }
 }
 
