@@ -262,6 +262,13 @@ fn logs() -> Vec<Row> {
             (Ends::Stays, "report"),
         )
         .few(),
+        // There it is on another rung from then on.
+        Row::new(
+            (Side::Destination, 7),
+            ("preparing", "the trial of its DMA log fails"),
+            &[("faults/fail_report", "1")],
+            (Ends::Moves, ""),
+        ),
         Row::new(
             (Side::Source, 7),
             ("stopped", "the device writes memory until it stops"),
