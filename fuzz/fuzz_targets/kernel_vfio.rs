@@ -13,7 +13,8 @@ use devices::ThreadSpawner;
 use libfuzzer_sys::fuzz_target;
 use passthrough::kernel::describe::{decode_device, decode_iommu};
 use passthrough::kernel::{
-    FileRegistry, HostVfio, Interface, IovaRules, Kernel, LogSpan, Message, Number, PinnedRam, Reach,
+    FileRegistry, HostVfio, Interface, IovaRules, Kernel, LogSpan, Message, Number, PinnedRam,
+    Reach,
 };
 use passthrough::{Backend, IrqKind, KernelVfioBackend};
 use vfio_user::region::decode_layout;
@@ -244,7 +245,10 @@ fn check_reach(bytes: &[u8]) {
     let words = bytes.chunks_exact(8);
     let word = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight bytes"));
     let words: Vec<u64> = words.map(word).collect();
-    let ranges = words.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect();
+    let ranges = words
+        .chunks_exact(2)
+        .map(|pair| [pair[0], pair[1]])
+        .collect();
     let told = bytes.first().copied().unwrap_or(0).into();
     if let Ok(reach) = Reach::decode(told, ranges, words.last().copied().unwrap_or(0)) {
         assert!(reach.page >= PageSize::SIZE_4K);
