@@ -9,7 +9,7 @@
 //! | `xdp` | a program in the driver | the header itself: hash and report, also of frames that the network stack would drop |
 //!
 //! Both work with the stock kernels 6.1 and 6.12. With `--plan`, the settings of `ethtool` are changed while
-//! frames come in; for a moment after a change, what was right before it still is.
+//! frames come in; of frames that may have been handled before a change, what was right then still is.
 
 use std::time::{Duration, Instant};
 
@@ -31,9 +31,10 @@ use plan::{Plan, Step};
 use setting::{Device, Setting};
 use tally::Tally;
 
-/// How long frames may come with what was right before a change of settings, once all that had come
-/// before it were looked at.
-const TRANSITION: Duration = Duration::from_millis(300);
+/// How long a change of settings takes at least until the next one, and how many frames.
+const SETTLING: Duration = Duration::from_millis(300);
+/// See [`SETTLING`]: more than are on their way to the device (the sender sees to that) and in queues that are served.
+const SETTLING_FRAMES: u32 = 300;
 
 /// How packets are looked at.
 enum View {
@@ -75,10 +76,24 @@ impl View {
     }
 }
 
-/// A change of settings that frames may not have seen yet.
-struct Transition {
-    before: Setting,
-    until: Instant,
+/// What was set before the last change.
+struct Before {
+    setting: Setting,
+    /// When the change was made, and the highest number that was seen until then.
+    at: Instant,
+    top: u32,
+    /// Frames up to this number may have been handled before the change, and be seen at any time: a queue may wait
+    /// long for its processor. Not known as long as the change is new.
+    up_to: Option<u32>,
+}
+
+impl Before {
+    /// The setting, if frame `number` may go by it.
+    fn of(&self, number: u32) -> Option<&Setting> {
+        self.up_to
+            .is_none_or(|up_to| number <= up_to)
+            .then_some(&self.setting)
+    }
 }
 
 /// The work of `reports`.
@@ -86,7 +101,9 @@ struct Checker {
     view: View,
     device: Device,
     setting: Setting,
-    transition: Option<Transition>,
+    before: Option<Before>,
+    /// The highest number seen.
+    top: u32,
     plan: Plan,
     tally: Tally,
     seed: u64,
@@ -118,10 +135,8 @@ impl Checker {
         let wanted = self.setting.report(frame.flow.as_ref());
         // The driver changes what it shows a moment after the device has changed what it does, so that hash
         // and queue may be of different settings.
-        let before = self
-            .transition
-            .as_ref()
-            .map(|transition| &transition.before);
+        self.top = self.top.max(number);
+        let before = self.before.as_ref().and_then(|before| before.of(number));
         let settings = || [Some(&self.setting), before].into_iter().flatten();
         let report = |setting: &Setting| setting.report(frame.flow.as_ref());
         let is_right =
@@ -137,10 +152,14 @@ impl Checker {
 
     /// Nothing is waiting: the moment for the next change, if it is due.
     fn idle(&mut self, now: Instant) -> anyhow::Result<()> {
-        match &self.transition {
-            Some(transition) if now < transition.until => {}
-            Some(_) => self.transition = None,
-            None => {
+        match &mut self.before {
+            Some(before) if before.up_to.is_none() => {
+                let settled = now.duration_since(before.at) >= SETTLING;
+                if settled && self.top >= before.top.saturating_add(SETTLING_FRAMES) {
+                    before.up_to = Some(self.top);
+                }
+            }
+            _ => {
                 if let Some(step) = self.plan.due(self.tally.seen) {
                     self.change(&step)?;
                 }
@@ -160,9 +179,11 @@ impl Checker {
             .number("seen", self.tally.seen)
             .number("types", self.setting.types)
             .print()?;
-        self.transition = Some(Transition {
-            before,
-            until: Instant::now() + TRANSITION,
+        self.before = Some(Before {
+            setting: before,
+            at: Instant::now(),
+            top: self.top,
+            up_to: None,
         });
         Ok(())
     }
@@ -219,7 +240,8 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<Verdict> {
         view,
         device,
         setting,
-        transition: None,
+        before: None,
+        top: 0,
         plan,
         tally: Tally::new(count),
         seed,

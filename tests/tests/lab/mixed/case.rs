@@ -10,7 +10,7 @@ use super::scene::{Outcome, Run, Scene, View};
 use super::tap::Tap;
 
 /// How long anything may take on a loaded machine.
-const LONG: Duration = Duration::from_secs(300);
+const LONG: Duration = Duration::from_secs(900);
 /// Frames per second while something else goes on: a change of settings takes place among some hundreds of them.
 const PER_SECOND: u32 = 500;
 /// And while the guest moves: more would keep it from getting anywhere.
@@ -81,30 +81,39 @@ impl Case {
         scene.end()
     }
 
+    /// A stream of at least the case's frames that goes on until all of a plan is done.
+    fn stream(&self, scene: &mut Scene, view: View, seed: u64, plan: &str) -> Result<Outcome> {
+        let stream = Run {
+            view,
+            seed,
+            // As many as a slow machine can take.
+            count: self.frames.max(40_000),
+            per_second: PER_SECOND.max(self.frames / 60),
+            plan,
+        };
+        scene.run(stream, |scene, sender| {
+            scene.wait_steps(plan.split(',').count(), LONG)?;
+            sender.wait_sent(self.frames, LONG)?;
+            // Of the last change too there are some.
+            if sender.sent() + 500 < stream.count {
+                sender.wait_more(500, LONG)?;
+                sender.enough();
+            }
+            Ok(())
+        })
+    }
+
     /// Every setting changes under way.
     fn change_settings(&self, scene: &mut Scene, begun: Instant) -> Result<()> {
-        let stream = Run {
-            view: View::Skb,
-            seed: 1,
-            count: self.frames,
-            per_second: PER_SECOND.max(self.frames / 60),
-            plan: &plan::all(self.frames, self.pairs, self.wish == Wish::Rss),
-        };
-        let outcome = scene.run(stream, |_, _| Ok(()))?;
+        let plan = plan::all(self.frames, self.pairs, self.wish == Wish::Rss);
+        let outcome = self.stream(scene, View::Skb, 1, &plan)?;
         self.tell("settings", begun, &outcome);
         outcome.check()
     }
 
     /// What is reported besides the hash, with more and more types.
     fn look_at_types(&self, scene: &mut Scene, begun: Instant) -> Result<()> {
-        let stream = Run {
-            view: View::Xdp,
-            seed: 2,
-            count: self.frames,
-            per_second: PER_SECOND.max(self.frames / 60),
-            plan: &plan::types(self.frames),
-        };
-        let outcome = scene.run(stream, |_, _| Ok(()))?;
+        let outcome = self.stream(scene, View::Xdp, 2, &plan::types(self.frames))?;
         self.tell("types", begun, &outcome);
         outcome.check()?;
         // None and the six types that a Linux driver asks for were there, and every queue.

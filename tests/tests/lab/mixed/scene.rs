@@ -8,6 +8,7 @@ use e2e::ferry::{Ferry, phase_name};
 use e2e::linux::{Kernel, Linux, LinuxConfig, console_path};
 use e2e::migration::Route;
 use e2e::netns;
+use e2e::process::wait_for;
 use serde_json::{Value, json};
 use test_packets::packet;
 
@@ -243,6 +244,17 @@ impl Scene {
         shell.run("kill $(cat /tmp/reports.pid)", Duration::from_secs(30))?;
         shell.wait_job("reports", Duration::from_secs(120))?;
         shell.ask("grep -v '\"progress\"' /tmp/reports.log")
+    }
+
+    /// Waits until the guest has taken so many steps of its plan.
+    pub(crate) fn wait_steps(&mut self, steps: usize, limit: Duration) -> Result<()> {
+        let shell = &mut self.linux.shell;
+        let command = "grep -c '\"step\"' /tmp/reports.log";
+        wait_for(&format!("{steps} changes of settings"), limit, || {
+            let answer = shell.run(command, Duration::from_secs(60))?;
+            let taken: usize = answer.output.trim().parse()?;
+            Ok((taken >= steps).then_some(()))
+        })
     }
 
     /// Its VMM, where it is now.

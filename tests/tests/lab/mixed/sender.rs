@@ -106,17 +106,22 @@ impl Sender {
         })
     }
 
-    /// Waits until so many frames more are sent.
-    pub(crate) fn wait_more(&self, more: u32, limit: Duration) -> Result<()> {
-        let goal = self.sent() + more;
+    /// Waits until so many frames are sent in all.
+    pub(crate) fn wait_sent(&self, goal: u32, limit: Duration) -> Result<()> {
         e2e::process::wait_for(&format!("frame {goal}"), limit, || {
+            let there = self.sent() >= goal;
             ensure!(
-                !self.thread.is_finished(),
+                there || !self.thread.is_finished(),
                 "{} frames were not enough",
                 self.count
             );
-            Ok((self.sent() >= goal).then_some(()))
+            Ok(there.then_some(()))
         })
+    }
+
+    /// Waits until so many frames more are sent.
+    pub(crate) fn wait_more(&self, more: u32, limit: Duration) -> Result<()> {
+        self.wait_sent(self.sent() + more, limit)
     }
 
     /// How many have been sent.
@@ -175,12 +180,16 @@ fn send_all(socket: &OwnedFd, frames: &Frames, shared: &Shared) -> Result<()> {
         gone,
         changed: begun,
     };
+    let interval = Duration::from_secs(1) / frames.per_second;
+    let mut due = begun;
     for number in 0..frames.count {
         if shared.enough.load(Ordering::Relaxed) {
             break;
         }
-        let due = begun + Duration::from_secs(1) * number / frames.per_second;
-        thread::sleep(due.saturating_duration_since(Instant::now()));
+        // What was late is not made up for: the guest may need the time.
+        let now = Instant::now();
+        thread::sleep(due.saturating_duration_since(now));
+        due = due.max(now) + interval;
         // The counters are not looked at for each frame: reading them costs more than sending.
         if number % 16 == 0 || flight.is_full() {
             flight.update(Taken::of(&frames.taps)?);
