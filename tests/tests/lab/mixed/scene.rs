@@ -262,9 +262,13 @@ impl Scene {
         &self.linux.ferry
     }
 
-    /// Switches the guest off.
+    /// Switches the guest off. A process that booted it ends by itself then; one that it came to does
+    /// not.
     pub(crate) fn end(self) -> Result<()> {
-        self.linux.switch_off()
+        match self.end {
+            0 => self.linux.power_off(),
+            _ => self.linux.switch_off(),
+        }
     }
 
     /// Moves the guest to a process of its own called `name`, at the other tap.
