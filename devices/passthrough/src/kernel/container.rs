@@ -158,16 +158,11 @@ impl SharedLog for Container {
 
     fn report(&self, bitmap: &mut IovaBitmap) -> Result<(), BackendError> {
         let operation = "report the dirty log it shares";
-        let range = bitmap.range();
-        let length = range.len().ok_or(KernelError::WholeSpace);
-        let span = LogSpan {
-            iova: range.first().0,
-            length: length.map_err(failed(operation))?,
-            page_size: bitmap.page_size().bytes(),
-        };
+        let (range, page_size) = (bitmap.range(), bitmap.page_size());
+        let span = LogSpan::over(range, page_size).map_err(failed(operation))?;
         // The kernel overwrites, and wants to be asked for whole mappings at once.
         let mut fresh =
-            IovaBitmap::over(range, bitmap.page_size()).map_err(|cause| BackendError::Failed {
+            IovaBitmap::over(range, page_size).map_err(|cause| BackendError::Failed {
                 operation,
                 cause: Box::new(cause),
             })?;

@@ -19,7 +19,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use vfio_user::Feature;
 use vfio_user::wire::{AreaMsg, FEATURE_GET, FEATURE_SET, FeatureMsg, MigStateMsg};
-use vm_migration::IovaBitmap;
+use vm_migration::{IovaBitmap, IovaRange, PageSize};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_ptr, ioctl_with_val};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -47,10 +47,28 @@ pub struct LogSpan {
 }
 
 impl LogSpan {
+    /// The pages of `range`.
+    pub(crate) fn over(range: IovaRange, page_size: PageSize) -> Result<Self, KernelError> {
+        Ok(Self {
+            iova: range.first().0,
+            length: range.len().ok_or(KernelError::WholeSpace)?,
+            page_size: page_size.bytes(),
+        })
+    }
+
     /// Words of a bitmap of its pages.
     pub(crate) fn words(&self) -> Option<usize> {
         let pages = self.length.div_ceil(self.page_size.max(1));
         usize::try_from(pages.div_ceil(64)).ok()
+    }
+
+    /// `words` as the uapi holds a bitmap of its pages: the address, and the bytes that it takes, which
+    /// are all there; `EINVAL` if they are not.
+    fn bitmap(&self, words: &mut [u64]) -> Result<(u64, u64), Errno> {
+        let needed = self.words().filter(|needed| *needed <= words.len());
+        let bytes = needed.ok_or(Errno::INVAL)?.checked_mul(size_of::<u64>());
+        let bytes = bytes.and_then(|bytes| u64::try_from(bytes).ok());
+        Ok((address(words.as_mut_ptr()), bytes.ok_or(Errno::INVAL)?))
     }
 }
 
@@ -63,13 +81,9 @@ pub(crate) fn report_in_pieces(
     bitmap: &mut IovaBitmap,
     mut report: impl FnMut(LogSpan, &mut [u64]) -> Result<(), Errno>,
 ) -> Result<(), KernelError> {
-    let page_size = bitmap.page_size().bytes();
+    let page_size = bitmap.page_size();
     for window in bitmap.windows_mut(REPORT_BYTES) {
-        let span = LogSpan {
-            iova: window.range.first().0,
-            length: window.range.len().ok_or(KernelError::WholeSpace)?,
-            page_size,
-        };
+        let span = LogSpan::over(window.range, page_size)?;
         report(span, window.words).map_err(KernelError::refused("report what was written"))?;
     }
     Ok(())
@@ -379,9 +393,7 @@ impl Kernel for HostKernel {
         span: LogSpan,
         words: &mut [u64],
     ) -> Result<(), Errno> {
-        if span.words().is_none_or(|needed| needed > words.len()) {
-            return Err(Errno::INVAL);
-        }
+        let (bitmap, _) = span.bitmap(words)?;
         let mut message = GetDirtyBitmapMsg {
             size: size::<GetDirtyBitmapMsg>(),
             hwpt_id: hwpt,
@@ -390,7 +402,7 @@ impl Kernel for HostKernel {
             iova: span.iova,
             length: span.length,
             page_size: span.page_size,
-            data: address(words.as_mut_ptr()),
+            data: bitmap,
         };
         let argument = std::ptr::from_mut(&mut message);
         // SAFETY: the structure lives through the call, and the bitmap has a bit for each page of
@@ -450,16 +462,14 @@ impl Kernel for HostKernel {
         span: LogSpan,
         words: &mut [u64],
     ) -> Result<(), Errno> {
-        if span.words().is_none_or(|needed| needed > words.len()) {
-            return Err(Errno::INVAL);
-        }
+        let (bitmap, _) = span.bitmap(words)?;
         let mut message = LogReportMsg {
             argsz: size::<LogReportMsg>(),
             flags: FEATURE_GET | Feature::DmaLoggingReport.number(),
             iova: span.iova,
             length: span.length,
             page_size: span.page_size,
-            bitmap: address(words.as_mut_ptr()),
+            bitmap,
         };
         let argument = std::ptr::from_mut(&mut message);
         // SAFETY: the structure lives through the call, and the bitmap has a bit for each page of
@@ -474,16 +484,15 @@ impl Kernel for HostKernel {
         span: LogSpan,
         words: &mut [u64],
     ) -> Result<(), Errno> {
-        let needed = span.words().filter(|needed| *needed <= words.len());
-        let needed = needed.ok_or(Errno::INVAL)?;
+        let (bitmap, bitmap_bytes) = span.bitmap(words)?;
         let mut message = DirtyGetMsg {
             argsz: size::<DirtyGetMsg>(),
             flags: DIRTY_PAGES_GET,
             iova: span.iova,
             size: span.length,
             page_size: span.page_size,
-            bitmap_bytes: u64::try_from(needed * size_of::<u64>()).unwrap_or(0),
-            bitmap: address(words.as_mut_ptr()),
+            bitmap_bytes,
+            bitmap,
         };
         let argument = std::ptr::from_mut(&mut message);
         // SAFETY: the structure lives through the call, and so does the bitmap, which has as many
