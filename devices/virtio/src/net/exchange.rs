@@ -47,6 +47,11 @@ impl Batch {
         self.lens.is_empty()
     }
 
+    /// How many packets there are.
+    pub(super) fn len(&self) -> usize {
+        self.lens.len()
+    }
+
     /// The first packet.
     pub(super) fn front(&self) -> Option<&[u8]> {
         let len = *self.lens.front()?;

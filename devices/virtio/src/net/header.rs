@@ -1,13 +1,15 @@
 //! What the device writes into the header of a received packet, and which queue the packet is for.
 
+use std::mem::offset_of;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use net_util::ctrl::RssConfig;
-use net_util::header::{HeaderSize, HeaderV1Hash};
+use net_util::header::{HeaderSize, HeaderV1, HeaderV1Hash};
 use net_util::toeplitz::{PacketHash, PacketHasher};
 use parking_lot::Mutex;
 use vm_migration::memory::GuestMemory;
+use zerocopy::{FromBytes, IntoBytes};
 
 use super::buffers::RxBuffers;
 use super::counters::PairCounters;
@@ -15,10 +17,8 @@ use super::kernel_hash::{Checks, Told, Trust};
 use super::runtime::Hashing;
 use crate::queue::RingError;
 
-/// Offset of `num_buffers`, the first field that the host does not fill in.
-const NUM_BUFFERS: usize = 10;
-/// Bytes from `num_buffers` to the end of the longer header, which lie side by side.
-const OWN_FIELDS: usize = HeaderSize::V1Hash.bytes() - NUM_BUFFERS;
+/// Offset of `num_buffers`: from there on the device writes the header.
+const NUM_BUFFERS: usize = offset_of!(HeaderV1, num_buffers);
 /// Bytes of the header without a hash.
 pub(super) const PLAIN: usize = HeaderSize::V1.bytes();
 /// Bytes of the header with one.
@@ -214,12 +214,12 @@ impl<const BYTES: usize, const STEERS: bool> Hashed<BYTES, STEERS> {
     }
 }
 
-/// `num_buffers` and, behind it, the report.
-fn own_fields(num_buffers: u16, hash: PacketHash) -> [u8; OWN_FIELDS] {
-    let [n0, n1] = num_buffers.to_le_bytes();
-    let [v0, v1, v2, v3] = hash.value.to_le_bytes();
-    let [r0, r1] = hash.report.code().to_le_bytes();
-    [n0, n1, v0, v1, v2, v3, r0, r1, 0, 0]
+/// A header with what is the device's of it; the rest is the host's.
+fn own_fields(num_buffers: u16, hash: PacketHash) -> HeaderV1Hash {
+    let mut header = HeaderV1Hash::default();
+    header.v1.num_buffers = num_buffers.into();
+    header.set_hash(hash);
+    header
 }
 
 impl<const BYTES: usize, const STEERS: bool> RxHeader for Hashed<BYTES, STEERS> {
@@ -252,9 +252,10 @@ impl<const BYTES: usize, const STEERS: bool> RxHeader for Hashed<BYTES, STEERS> 
 
     fn put_hash(&self, packet: &mut [u8], hash: PacketHash) {
         if BYTES == WITH_HASH
-            && let Some(fields) = packet.get_mut(NUM_BUFFERS..WITH_HASH)
+            && let Ok((header, _)) = HeaderV1Hash::mut_from_prefix(packet)
         {
-            fields.copy_from_slice(&own_fields(1, hash));
+            header.v1.num_buffers = 1.into();
+            header.set_hash(hash);
         }
     }
 
@@ -268,7 +269,9 @@ impl<const BYTES: usize, const STEERS: bool> RxHeader for Hashed<BYTES, STEERS> 
     ) -> Result<(), RingError> {
         if BYTES == WITH_HASH {
             counters.reported(hash.report);
-            return buffers.write_at(memory, NUM_BUFFERS, &own_fields(num_buffers, hash));
+            let header = own_fields(num_buffers, hash);
+            let own = header.as_bytes().get(NUM_BUFFERS..).unwrap_or_default();
+            return buffers.write_at(memory, NUM_BUFFERS, own);
         }
         buffers.write_at(memory, NUM_BUFFERS, &num_buffers.to_le_bytes())
     }
@@ -282,12 +285,10 @@ pub(super) fn finish_kept<H: RxHeader>(
     packet: &[u8],
     counters: &PairCounters,
 ) -> Result<(), RingError> {
-    // The report is behind the hash.
-    let report = HeaderV1Hash::HASH_OFFSET + 4;
     if H::BYTES == WITH_HASH
-        && let Some(&[low, high]) = packet.get(report..report + 2)
+        && let Ok((header, _)) = HeaderV1Hash::ref_from_prefix(packet)
     {
-        counters.reported_code(u16::from_le_bytes([low, high]));
+        counters.reported_code(header.hash_report.get());
     }
     buffers.write_at(memory, NUM_BUFFERS, &num_buffers.to_le_bytes())
 }

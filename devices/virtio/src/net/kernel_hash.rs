@@ -17,8 +17,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use net_util::hash::HashReport;
+use net_util::header::HeaderV1Hash;
 use net_util::toeplitz::PacketHash;
 use parking_lot::Mutex;
+use zerocopy::FromBytes;
 
 use super::offload::{HashedBy, OffloadStatus, OnMistrust};
 
@@ -31,7 +33,7 @@ pub(super) const EVERY: u16 = 256;
 const SETTLING: Duration = Duration::from_millis(20);
 
 /// Number of reports, "none" included.
-const REPORTS: usize = 10;
+const REPORTS: usize = HashReport::ALL.len();
 
 /// What a card knows of its kernel's help, for all its threads.
 pub(super) struct Trust {
@@ -207,14 +209,12 @@ pub(super) struct Told {
 }
 
 impl Told {
-    /// Reads it from a header, of which it is the end.
+    /// Reads it from a header; `None` if that has no room for it.
     pub(super) fn read(header: &[u8]) -> Option<Self> {
-        let [v0, v1, v2, v3, r0, r1, ..] = *header.get(12..20)? else {
-            return None;
-        };
+        let (header, _) = HeaderV1Hash::ref_from_prefix(header).ok()?;
         Some(Self {
-            value: u32::from_le_bytes([v0, v1, v2, v3]),
-            report: u16::from_le_bytes([r0, r1]),
+            value: header.hash_value.get(),
+            report: header.hash_report.get(),
         })
     }
 }

@@ -149,7 +149,7 @@ impl Offload {
                 ..OffloadStatus::default()
             };
         };
-        let no_hash = match self.hash(backend, wish) {
+        let no_hash = match self.hash(backend, table, wish) {
             Ok(()) => {
                 return OffloadStatus {
                     hashes: if wish.report {
@@ -190,10 +190,12 @@ impl Offload {
     }
 
     /// Has the kernel hash and steer; why not, if it does not.
-    fn hash(&mut self, backend: &dyn NetBackend, wish: Wish<'_>) -> Result<(), String> {
-        let Hashing::Table(table) = wish.hashing else {
-            return Err("the driver has not set a table".to_owned());
-        };
+    fn hash(
+        &mut self,
+        backend: &dyn NetBackend,
+        table: &RssConfig,
+        wish: Wish<'_>,
+    ) -> Result<(), String> {
         if self.abi == HashAbi::None {
             return Err("this kernel's taps cannot hash".to_owned());
         }

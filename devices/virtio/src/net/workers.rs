@@ -248,9 +248,7 @@ impl<'a> Layout<'a> {
             let kept = shared.take_waiting(pair);
             if pair != 0 && !self.is_served(pair) {
                 if let Some(counters) = context.counters.pair(usize::from(pair)) {
-                    kept.to_packets()
-                        .iter()
-                        .for_each(|_| counters.receive_dropped());
+                    (0..kept.len()).for_each(|_| counters.receive_dropped());
                 }
                 continue;
             }
