@@ -43,20 +43,20 @@ pub const HEAD_BYTES: usize = 256;
 /// Linux's flow dissector.
 pub const MAX_HEADERS: usize = 15;
 
-const ETHERTYPE_IPV4: u16 = 0x0800;
-const ETHERTYPE_IPV6: u16 = 0x86dd;
-const ETHERTYPE_VLAN: u16 = 0x8100;
-const ETHERTYPE_QINQ: u16 = 0x88a8;
+pub(crate) const ETHERTYPE_IPV4: u16 = 0x0800;
+pub(crate) const ETHERTYPE_IPV6: u16 = 0x86dd;
+pub(crate) const ETHERTYPE_VLAN: u16 = 0x8100;
+pub(crate) const ETHERTYPE_QINQ: u16 = 0x88a8;
 
 // Protocol numbers: IANA "Assigned Internet Protocol Numbers".
 const PROTO_HOP_BY_HOP: u8 = 0;
-const PROTO_TCP: u8 = 6;
-const PROTO_UDP: u8 = 17;
-const PROTO_ROUTING: u8 = 43;
-const PROTO_FRAGMENT: u8 = 44;
-const PROTO_ENCRYPTED: u8 = 50;
-const PROTO_AUTHENTICATION: u8 = 51;
-const PROTO_DESTINATION: u8 = 60;
+pub(crate) const PROTO_TCP: u8 = 6;
+pub(crate) const PROTO_UDP: u8 = 17;
+pub(crate) const PROTO_ROUTING: u8 = 43;
+pub(crate) const PROTO_FRAGMENT: u8 = 44;
+pub(crate) const PROTO_ENCRYPTED: u8 = 50;
+pub(crate) const PROTO_AUTHENTICATION: u8 = 51;
+pub(crate) const PROTO_DESTINATION: u8 = 60;
 const PROTO_MOBILITY: u8 = 135;
 const PROTO_HIP: u8 = 139;
 const PROTO_SHIM6: u8 = 140;
@@ -66,7 +66,7 @@ const ROUTING_TYPE_2: u8 = 2;
 /// Pad1, the only option of one byte (RFC 8200 §4.2).
 const OPTION_PAD1: u8 = 0;
 /// The home address option (RFC 6275 §6.3).
-const OPTION_HOME_ADDRESS: u8 = 0xc9;
+pub(crate) const OPTION_HOME_ADDRESS: u8 = 0xc9;
 
 /// What identifies a packet's flow.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -271,7 +271,7 @@ pub(crate) fn parse_v6(packet: &[u8], headers: usize) -> Option<FlowV6> {
 }
 
 /// Whether what an IPv6 header calls next is an extension header.
-const fn is_extension(next: u8) -> bool {
+pub(crate) const fn is_extension(next: u8) -> bool {
     matches!(
         next,
         PROTO_HOP_BY_HOP

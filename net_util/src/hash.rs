@@ -142,6 +142,15 @@ impl HashReport {
         }
     }
 
+    /// The type of hash that it tells of; none for [`HashReport::None`].
+    pub const fn hash_type(self) -> Option<HashTypes> {
+        // Reports are numbered as the bits of their types, from 1 on.
+        match self.code().checked_sub(1) {
+            Some(bit) => Some(HashTypes::from_bits(1 << bit)),
+            None => None,
+        }
+    }
+
     /// The number on the wire (little-endian there).
     pub const fn code(self) -> u16 {
         match self {
@@ -297,6 +306,7 @@ mod tests {
             assert_eq!(types.bits(), type_bits);
             assert_eq!(u32::from(report.code()), report_code);
             assert_eq!(1 << (report.code() - 1), types.bits());
+            assert_eq!(report.hash_type(), Some(types));
             all = all | types;
         }
         assert_eq!(all, HashTypes::ALL);

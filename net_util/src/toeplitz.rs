@@ -15,7 +15,7 @@ use std::net::Ipv6Addr;
 use crate::flow::{self, Flow, FlowV4, FlowV6, Packet, Protocol, Transport};
 use crate::hash::{HashConfig, HashKey, HashReport, HashTypes, KEY_BYTES};
 use carry_less::{CarryLess, Wide};
-use table::Table;
+pub(crate) use table::Table;
 
 /// Bytes of the longest hash input: two IPv6 addresses and two ports.
 pub const MAX_INPUT_BYTES: usize = 36;

@@ -61,13 +61,6 @@ const SKB_VLAN_PRESENT: At = At {
 
 const VLAN_TAG_BYTES: i32 = 4;
 
-// The rest is explained in `flow`.
-const ETHERTYPE_IPV4: i32 = 0x0800;
-const ETHERTYPE_IPV6: i32 = 0x86dd;
-const ETHERTYPES_VLAN: [i32; 2] = [0x8100, 0x88a8];
-const PROTO_TCP: i32 = 6;
-const PROTO_UDP: i32 = 17;
-
 /// Places on the stack.
 mod stack {
     use super::{At, R10};
@@ -221,10 +214,20 @@ impl Program {
         asm.load(Half, R1, stack::START);
         asm.network_to_host_16(R1);
         asm.op(Op::Add, R7, 2);
-        asm.jump_if(If::Equal, R1, ETHERTYPE_IPV4, self.labels.version_4);
-        asm.jump_if(If::Equal, R1, ETHERTYPE_IPV6, self.labels.version_6);
-        for ethertype in ETHERTYPES_VLAN {
-            asm.jump_if(If::Equal, R1, ethertype, tag);
+        asm.jump_if(
+            If::Equal,
+            R1,
+            i32::from(flow::ETHERTYPE_IPV4),
+            self.labels.version_4,
+        );
+        asm.jump_if(
+            If::Equal,
+            R1,
+            i32::from(flow::ETHERTYPE_IPV6),
+            self.labels.version_6,
+        );
+        for ethertype in [flow::ETHERTYPE_VLAN, flow::ETHERTYPE_QINQ] {
+            asm.jump_if(If::Equal, R1, i32::from(ethertype), tag);
         }
         asm.jump(self.labels.unclassified);
         asm.bind(tag);
@@ -268,9 +271,9 @@ impl Program {
         asm.jump_if(If::AnyBitOf, R1, 0x3fff, addresses);
         asm.load(Byte, R1, stack::HEADER_V4.plus(9));
         asm.op(Op::Move, R9, bits(HashTypes::TCPV4));
-        asm.jump_if(If::Equal, R1, PROTO_TCP, tcp);
+        asm.jump_if(If::Equal, R1, i32::from(flow::PROTO_TCP), tcp);
         asm.op(Op::Move, R9, bits(HashTypes::UDPV4));
-        asm.jump_if(If::Equal, R1, PROTO_UDP, ports);
+        asm.jump_if(If::Equal, R1, i32::from(flow::PROTO_UDP), ports);
         asm.op(Op::Move, R9, 0);
         asm.jump(addresses);
         asm.bind(tcp);

@@ -13,8 +13,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use crate::config::RSS_MAX_TABLE_ENTRIES;
 use crate::ctrl::RssConfig;
-use crate::hash::HashKey;
-use crate::toeplitz::{MAX_INPUT_BYTES, hash_bitwise};
+use crate::toeplitz::{MAX_INPUT_BYTES, Table};
 
 /// Entries of the table in memory: one of fewer entries is repeated.
 pub(super) const TABLE_ENTRIES: usize = RSS_MAX_TABLE_ENTRIES as usize;
@@ -141,33 +140,14 @@ impl Slot {
         for (place, queue) in self.table.iter().zip(config.table().iter().cycle()) {
             place.store(*queue, Ordering::Relaxed);
         }
-        self.fill_rows(&hash.key);
-        self.sequence
-            .store(sequence.wrapping_add(1), Ordering::Release);
-    }
-
-    fn fill_rows(&self, key: &HashKey) {
-        for (place, row) in self.rows.iter().enumerate() {
-            let mut input = [0; MAX_INPUT_BYTES];
-            let share = |value: u8| {
-                let share = row.get(usize::from(value));
-                share.map_or(0, |share| share.load(Ordering::Relaxed))
-            };
-            for (value, place_in_row) in (0..=u8::MAX).zip(row) {
-                // A value's share is that of its lowest bit and that of the rest. Both are smaller
-                // values and so in the row already, unless the value is that bit.
-                let rest = value & value.wrapping_sub(1);
-                let new = if rest == 0 {
-                    if let Some(byte) = input.get_mut(place) {
-                        *byte = value;
-                    }
-                    hash_bitwise(key, &input)
-                } else {
-                    share(value ^ rest) ^ share(rest)
-                };
-                place_in_row.store(new, Ordering::Relaxed);
+        let table = Table::new(&hash.key);
+        for (row, known) in self.rows.iter().zip(table.rows()) {
+            for (place, share) in row.iter().zip(known) {
+                place.store(*share, Ordering::Relaxed);
             }
         }
+        self.sequence
+            .store(sequence.wrapping_add(1), Ordering::Release);
     }
 }
 

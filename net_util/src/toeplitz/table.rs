@@ -6,12 +6,12 @@ use crate::hash::HashKey;
 
 /// 36 KiB; one load and XOR per byte of input.
 #[derive(Clone)]
-pub(super) struct Table {
+pub(crate) struct Table {
     rows: [[u32; 256]; MAX_INPUT_BYTES],
 }
 
 impl Table {
-    pub(super) fn new(key: &HashKey) -> Self {
+    pub(crate) fn new(key: &HashKey) -> Self {
         let mut rows = [[0; 256]; MAX_INPUT_BYTES];
         for (place, row) in rows.iter_mut().enumerate() {
             // A value's hash is that of its highest set bit and that of the rest, which is a
@@ -25,6 +25,11 @@ impl Table {
             }
         }
         Self { rows }
+    }
+
+    /// For each byte of input, what each value of it adds to the hash.
+    pub(crate) const fn rows(&self) -> &[[u32; 256]; MAX_INPUT_BYTES] {
+        &self.rows
     }
 
     #[inline]

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use net_util::hash::HashTypes;
+use net_util::hash::{HashReport, HashTypes};
 use serde::{Deserialize, Serialize};
 
 /// Whether hash reports are offered (`hash_report`). In JSON `true`, `false` or `"auto"`.
@@ -118,18 +118,11 @@ impl fmt::Display for HashBackend {
     }
 }
 
-/// Names of the hash types, in the order of their bits.
-const NAMES: [(&str, HashTypes); 9] = [
-    ("ipv4", HashTypes::IPV4),
-    ("tcpv4", HashTypes::TCPV4),
-    ("udpv4", HashTypes::UDPV4),
-    ("ipv6", HashTypes::IPV6),
-    ("tcpv6", HashTypes::TCPV6),
-    ("udpv6", HashTypes::UDPV6),
-    ("ip_ex", HashTypes::IP_EX),
-    ("tcp_ex", HashTypes::TCP_EX),
-    ("udp_ex", HashTypes::UDP_EX),
-];
+/// The hash types with their names, in the order of their bits.
+fn named_types() -> impl Iterator<Item = (&'static str, HashTypes)> {
+    let reports = HashReport::ALL.into_iter();
+    reports.filter_map(|report| Some((report.name(), report.hash_type()?)))
+}
 
 /// Types of hashes that are offered (`hash_types`), at least one. In JSON a list of names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -148,14 +141,14 @@ impl HashTypeSet {
 
     fn names(self) -> impl Iterator<Item = &'static str> {
         let on = move |(_, types): &(_, HashTypes)| self.0.contains(*types);
-        NAMES.into_iter().filter(on).map(|(name, _)| name)
+        named_types().filter(on).map(|(name, _)| name)
     }
 
     fn of<'a>(names: impl Iterator<Item = &'a str>) -> Option<Self> {
         let mut all = HashTypes::NONE;
         for name in names {
-            let (_, types) = NAMES.iter().find(|(known, _)| *known == name)?;
-            all = all | *types;
+            let (_, types) = named_types().find(|(known, _)| *known == name)?;
+            all = all | types;
         }
         (!all.is_empty()).then_some(Self(all))
     }

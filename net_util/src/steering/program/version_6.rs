@@ -2,29 +2,11 @@
 
 use super::Reg::{R1, R2, R3, R7, R8, R9};
 use super::Size::{Byte, Double, Half, Word};
-use super::{MAX_HEADERS, MAX_OPTIONS, PROTO_TCP, PROTO_UDP, Program, bits, stack, types};
+use super::{MAX_HEADERS, MAX_OPTIONS, Program, bits, stack, types};
+use crate::flow;
 use crate::hash::HashTypes;
 use crate::steering::asm::{At, If, Label, Op};
 
-// All is explained in `flow`.
-const PROTO_ROUTING: i32 = 43;
-const PROTO_FRAGMENT: i32 = 44;
-const PROTO_ENCRYPTED: i32 = 50;
-const PROTO_AUTHENTICATION: i32 = 51;
-const PROTO_DESTINATION: i32 = 60;
-/// Those and hop-by-hop options, mobility, HIP, Shim6.
-const EXTENSIONS: [i32; 9] = [
-    0,
-    PROTO_ROUTING,
-    PROTO_FRAGMENT,
-    PROTO_ENCRYPTED,
-    PROTO_AUTHENTICATION,
-    PROTO_DESTINATION,
-    135,
-    139,
-    140,
-];
-const OPTION_HOME_ADDRESS: i32 = 0xc9;
 const ADDRESS_BYTES: i32 = 16;
 
 impl Program {
@@ -64,8 +46,8 @@ impl Program {
         self.asm.load(Byte, R1, stack::NEXT);
         self.hide(R1);
         let asm = &mut self.asm;
-        for extension in EXTENSIONS {
-            asm.jump_if(If::Equal, R1, extension, header);
+        for extension in (0..=u8::MAX).filter(|next| flow::is_extension(*next)) {
+            asm.jump_if(If::Equal, R1, i32::from(extension), header);
         }
         asm.jump(self.labels.transport);
 
@@ -82,10 +64,15 @@ impl Program {
         self.hide(R1);
         let asm = &mut self.asm;
         let closed = asm.label();
-        asm.jump_if(If::Equal, R1, PROTO_FRAGMENT, closed);
-        asm.jump_if(If::Equal, R1, PROTO_ENCRYPTED, closed);
+        asm.jump_if(If::Equal, R1, i32::from(flow::PROTO_FRAGMENT), closed);
+        asm.jump_if(If::Equal, R1, i32::from(flow::PROTO_ENCRYPTED), closed);
         asm.load(Byte, R2, stack::START.plus(1));
-        asm.jump_if(If::Equal, R1, PROTO_AUTHENTICATION, authentication);
+        asm.jump_if(
+            If::Equal,
+            R1,
+            i32::from(flow::PROTO_AUTHENTICATION),
+            authentication,
+        );
         asm.op(Op::Add, R2, 1);
         asm.op(Op::ShiftLeft, R2, 3);
         asm.jump(sized);
@@ -96,8 +83,8 @@ impl Program {
         asm.op(Op::Add, R2, R7);
         asm.jump_if(If::Greater, R2, R8, unclassified);
         asm.store(Double, stack::BEHIND, R2);
-        asm.jump_if(If::Equal, R1, PROTO_DESTINATION, options);
-        asm.jump_if(If::Equal, R1, PROTO_ROUTING, routing);
+        asm.jump_if(If::Equal, R1, i32::from(flow::PROTO_DESTINATION), options);
+        asm.jump_if(If::Equal, R1, i32::from(flow::PROTO_ROUTING), routing);
 
         asm.bind(done);
         asm.load(Double, R7, stack::BEHIND);
@@ -154,7 +141,7 @@ impl Program {
         asm.op(Op::Move, R3, R7);
         asm.op(Op::Add, R3, R2);
         asm.jump_if(If::Greater, R3, R8, unclassified);
-        asm.jump_if(If::NotEqual, R1, OPTION_HOME_ADDRESS, skip);
+        asm.jump_if(If::NotEqual, R1, i32::from(flow::OPTION_HOME_ADDRESS), skip);
         asm.jump_if(If::NotEqual, R2, ADDRESS_BYTES, skip);
         self.fetch(0, stack::EXTENDED, ADDRESS_BYTES);
         let asm = &mut self.asm;
@@ -185,9 +172,9 @@ impl Program {
         let (tcp, ports, none) = (asm.label(), asm.label(), asm.label());
         asm.bind(self.labels.transport);
         asm.op(Op::Move, R9, bits(HashTypes::TCPV6 | HashTypes::TCP_EX));
-        asm.jump_if(If::Equal, R1, PROTO_TCP, tcp);
+        asm.jump_if(If::Equal, R1, i32::from(flow::PROTO_TCP), tcp);
         asm.op(Op::Move, R9, bits(HashTypes::UDPV6 | HashTypes::UDP_EX));
-        asm.jump_if(If::Equal, R1, PROTO_UDP, ports);
+        asm.jump_if(If::Equal, R1, i32::from(flow::PROTO_UDP), ports);
         asm.bind(none);
         asm.op(Op::Move, R9, 0);
         asm.jump(choose);
