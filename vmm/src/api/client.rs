@@ -78,6 +78,14 @@ pub struct ApiClient {
     runtime: tokio::runtime::Runtime,
 }
 
+/// A body of `endpoint`'s that cannot be made or read.
+fn answer(endpoint: &str) -> impl Fn(serde_json::Error) -> ClientError + '_ {
+    |source| ClientError::Answer {
+        endpoint: endpoint.to_owned(),
+        source,
+    }
+}
+
 impl ApiClient {
     /// A client of the ferry that serves `socket`. Connects only when asked something.
     ///
@@ -103,10 +111,7 @@ impl ApiClient {
     /// [`ClientError`], [`ClientError::Refused`] if ferry says no.
     pub fn get<T: DeserializeOwned>(&self, endpoint: &str) -> Result<T, ClientError> {
         let bytes = self.request(Method::GET, endpoint, Bytes::new())?;
-        serde_json::from_slice(&bytes).map_err(|source| ClientError::Answer {
-            endpoint: endpoint.to_owned(),
-            source,
-        })
+        serde_json::from_slice(&bytes).map_err(answer(endpoint))
     }
 
     /// `GET endpoint`, its answer as text.
@@ -131,12 +136,7 @@ impl ApiClient {
     /// # Errors
     /// As [`ApiClient::get`].
     pub fn put_json(&self, endpoint: &str, body: &impl Serialize) -> Result<(), ClientError> {
-        let bytes = serde_json::to_vec(body).map_err(|source| ClientError::Answer {
-            endpoint: endpoint.to_owned(),
-            source,
-        })?;
-        self.request(Method::PUT, endpoint, Bytes::from(bytes))
-            .map(drop)
+        self.put_bytes(endpoint, body).map(drop)
     }
 
     /// `PUT endpoint` with `body` as JSON; the answer read as JSON, if there is one.
@@ -148,16 +148,18 @@ impl ApiClient {
         endpoint: &str,
         body: &impl Serialize,
     ) -> Result<Option<T>, ClientError> {
-        let answer = |source| ClientError::Answer {
-            endpoint: endpoint.to_owned(),
-            source,
-        };
-        let bytes = serde_json::to_vec(body).map_err(answer)?;
-        let bytes = self.request(Method::PUT, endpoint, Bytes::from(bytes))?;
+        let bytes = self.put_bytes(endpoint, body)?;
         match bytes.is_empty() {
             true => Ok(None),
-            false => serde_json::from_slice(&bytes).map(Some).map_err(answer),
+            false => serde_json::from_slice(&bytes)
+                .map(Some)
+                .map_err(answer(endpoint)),
         }
+    }
+
+    fn put_bytes(&self, endpoint: &str, body: &impl Serialize) -> Result<Bytes, ClientError> {
+        let bytes = serde_json::to_vec(body).map_err(answer(endpoint))?;
+        self.request(Method::PUT, endpoint, Bytes::from(bytes))
     }
 
     /// Sends one request; the body of a good answer.

@@ -139,8 +139,11 @@ impl Guest {
             return Err(self.cannot("switch off"));
         };
         // A guest that is off has ejected all that it was to eject.
-        for id in machine.devices().on_their_way_out() {
+        let gone = machine.devices().on_their_way_out();
+        if !gone.is_empty() {
             machine.pin_slots(config);
+        }
+        for id in gone {
             config.remove_device(&id);
             events.tell(Event::DeviceRemoved { id });
         }

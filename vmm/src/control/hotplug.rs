@@ -187,6 +187,8 @@ impl Guest {
         let gone = machine.take_ejected();
         for id in &gone {
             config.remove_device(id);
+        }
+        if !gone.is_empty() {
             machine.pin_slots(config);
         }
         gone

@@ -4,7 +4,6 @@
 //! boot, with all RAM mapped for it, but its BARs are left to the guest; one that the guest has
 //! ejected is taken off the bus, loses the memory, and is closed.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use devices::bus::BusDevice;
@@ -16,7 +15,7 @@ use super::devices::{Board, Devices, VirtioFunction, place};
 use super::passthrough::{self, PassthroughFunction};
 use super::pci::PciRoot;
 use super::{Host, Machine, MachineError, net};
-use crate::api::PciDeviceInfo;
+use crate::api::{Facts, PciDeviceInfo};
 use crate::config::{DeviceConfig, NetConfig, UserDeviceConfig, VmConfig};
 use crate::layout;
 use crate::notice::ExitReason;
@@ -60,7 +59,7 @@ impl Devices {
     }
 
     /// Adds to the facts of devices that may come and go where they are, and whether they are to go.
-    pub(super) fn add_places(&self, facts: &mut BTreeMap<String, BTreeMap<String, String>>) {
+    pub(super) fn add_places(&self, facts: &mut Facts) {
         let (asked, ejected) = (self.hotplug.asked(), self.hotplug.ejected());
         for slot in self.ejectable_slots() {
             for id in self.ids(&[slot]) {

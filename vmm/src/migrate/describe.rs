@@ -26,9 +26,6 @@ const MAX_PASSTHROUGH_STATE: u64 = 16 << 30;
 /// The kind of a passthrough device.
 const PASSTHROUGH: &str = "passthrough";
 
-/// The kind of a network card on a tap.
-const NET_ON_TAP: &str = crate::machine::NET_ON_TAP;
-
 /// Describes `machine` to a destination.
 pub(super) fn manifest(machine: &Machine, config: &VmConfig) -> Result<Manifest, MigrateError> {
     let mut manifest = Manifest::new(machine.ram().page_size().bytes());

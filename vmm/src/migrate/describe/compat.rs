@@ -7,7 +7,7 @@ use passthrough::{DeviceProfile, MigrationFlags, VirtioOffer};
 use pci::{BarInfo, BarKind};
 use vm_migration::migrate::{DeviceManifest, Refusal};
 
-use crate::machine::NetOffer;
+use crate::machine::{NET_ON_TAP, NetOffer};
 
 /// What is known of a device, by name.
 pub(super) type Compat = BTreeMap<String, String>;
@@ -125,7 +125,7 @@ pub(super) fn misfits(here: &DeviceManifest, there: &DeviceManifest) -> Vec<Refu
              options as at the source; or {}",
             super::unplug(&here.id)
         ),
-        super::NET_ON_TAP => "run a release of Ferry there that offers the same, and let the \
+        NET_ON_TAP => "run a release of Ferry there that offers the same, and let the \
                               configuration that moves decide what is offered"
             .to_owned(),
         _ => "migrate to a host with an equal device".to_owned(),

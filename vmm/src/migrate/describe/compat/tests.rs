@@ -162,7 +162,7 @@ fn a_state_that_has_no_room_is_refused() {
 fn a_card_on_a_tap_needs_one_with_the_same_queues_and_hashes() {
     let card = |pairs, hash_types| DeviceManifest {
         id: "_net0".into(),
-        kind: super::super::NET_ON_TAP.into(),
+        kind: NET_ON_TAP.into(),
         compat: of_net(&NetOffer { pairs, hash_types }),
         migratable: Migratable::Yes,
         max_state_bytes: 1000,
