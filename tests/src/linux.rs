@@ -200,6 +200,8 @@ pub struct Linux {
     pub shell: Shell,
     kernel: Kernel,
     boots: usize,
+    /// It came to its process from another.
+    moved: bool,
 }
 
 /// Waits until a guest that starts for the `boots`-th time in this process serves commands.
@@ -240,6 +242,7 @@ impl Linux {
             shell,
             kernel: config.kernel,
             boots: 1,
+            moved: false,
         })
     }
 
@@ -296,27 +299,23 @@ impl Linux {
         let console = console_path(dir, self.ferry.name());
         let followed = self.shell.follow(&console, Duration::from_secs(120));
         followed.with_context(|| self.ferry.last_words())?;
+        self.moved = true;
         Ok(left)
     }
 
-    /// Switches the guest off from inside, in a process that it came to, and ends that.
-    ///
-    /// # Errors
-    /// When either fails.
-    pub fn switch_off(mut self) -> Result<()> {
-        self.shell.send("exit 0")?;
-        self.ferry.wait_event("shutdown", Duration::from_secs(60))?;
-        let said = self.ferry.serial();
-        ensure!(said.contains("GUEST-EXIT 0"), "no clean end: {said}");
-        self.ferry.shut_down()
-    }
-
-    /// Switches the guest off from inside and waits for the end of `ferry`, which must be clean.
+    /// Switches the guest off from inside and waits for the end of `ferry`, which must be clean. The
+    /// process that booted the guest ends with it; one that the guest came to is ended here.
     ///
     /// # Errors
     /// When either fails.
     pub fn power_off(mut self) -> Result<()> {
         self.shell.send("exit 0")?;
+        if self.moved {
+            self.ferry.wait_event("shutdown", Duration::from_secs(60))?;
+            let said = self.ferry.serial();
+            ensure!(said.contains("GUEST-EXIT 0"), "no clean end: {said}");
+            return self.ferry.shut_down();
+        }
         let status = self
             .ferry
             .process

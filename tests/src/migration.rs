@@ -231,3 +231,18 @@ pub fn check_nothing_arrived(destination: &mut Ferry) -> Result<()> {
     ensure!(!destination.has_vm()?, "there is a VM at the destination");
     Ok(())
 }
+
+/// Finds that a migration has succeeded, by what the source and the destination say of it.
+///
+/// # Errors
+/// When it has not; both sides' last words are in the error.
+pub fn ensure_moved(source: (&Ferry, &Value), destination: (&Ferry, &Value)) -> Result<()> {
+    let ((left, here), (arrived, there)) = (source, destination);
+    ensure!(
+        phase_name(here) == "done" && phase_name(there) == "running",
+        "source: {here}\n{}\ndestination: {there}\n{}",
+        left.last_words(),
+        arrived.last_words()
+    );
+    Ok(())
+}

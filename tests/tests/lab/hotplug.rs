@@ -5,9 +5,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use e2e::ferry::{Ferry, Nic, phase_name};
+use e2e::ferry::{Ferry, Nic};
 use e2e::linux::{Kernel, Linux, LinuxConfig, console_path, in_lab, wait_reachable};
-use e2e::migration::Route;
+use e2e::migration::{Route, ensure_moved};
 use e2e::netns;
 use e2e::network::Network;
 use e2e::process::wait_for;
@@ -143,12 +143,7 @@ fn migrate(linux: &mut Linux, dir: &Path, networks: [Network; 2], nic: &Nic) -> 
         linux.ferry.wait_migration(Duration::from_secs(240))?,
         destination.wait_migration(Duration::from_secs(60))?,
     );
-    ensure!(
-        phase_name(&here) == "done" && phase_name(&there) == "running",
-        "source: {here}\n{}\ndestination: {there}\n{}",
-        linux.ferry.last_words(),
-        destination.last_words()
-    );
+    ensure_moved((&linux.ferry, &here), (&destination, &there))?;
     let event = linux.ferry.wait_event("migration-dirty-source", LIMIT)?;
     ensure!(event["properties"] == *source, "{event}");
     linux.follow(dir, destination)?.shut_down()
@@ -249,7 +244,7 @@ fn plugs(test: &str, kernel: Kernel) -> Result<()> {
     stream(&mut linux, dir, virtio, "last")?;
     let said = linux.shell.ask("dmesg | grep -i 'ACPI.*error' || true")?;
     ensure!(said.trim().is_empty(), "{said}");
-    linux.switch_off()
+    linux.power_off()
 }
 
 #[test]

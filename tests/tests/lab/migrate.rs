@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use e2e::arp_watch::ArpWatch;
-use e2e::ferry::{Ferry, Nic, phase_name};
+use e2e::ferry::{Ferry, Nic};
 use e2e::linux::{Kernel, Linux, LinuxConfig, console_path, in_lab, wait_reachable};
-use e2e::migration::Route;
+use e2e::migration::{Route, ensure_moved};
 use e2e::netns;
 use e2e::network::Network;
 use serde_json::json;
@@ -104,12 +104,7 @@ fn migrate(linux: &mut Linux, dir: &Path, name: &str, route: &Route) -> Result<F
     let waited = linux.ferry.wait_migration(LIMIT);
     let status = waited.with_context(about)?;
     let there = destination.wait_migration(LIMIT)?;
-    ensure!(
-        phase_name(&status) == "done" && phase_name(&there) == "running",
-        "source: {status}\n{}\ndestination: {there}\n{}",
-        linux.ferry.last_words(),
-        destination.last_words()
-    );
+    ensure_moved((&linux.ferry, &status), (&destination, &there))?;
     println!(
         "to {name} by {}: {} ms, downtime {} µs, {} rounds, {} bytes",
         route.send_to,
@@ -208,5 +203,5 @@ fn debian_6_12_moves_with_streams_through_virtio_and_passthrough_cards() -> Resu
     linux.shell.stop_job("dirty")?;
     let dirty = linux.shell.end_job("dirty", Duration::from_secs(60))?;
     ensure!(dirty.status == 0, "{}", dirty.output);
-    linux.switch_off()
+    linux.power_off()
 }

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e::ferry::{Ferry, phase_name};
+use e2e::ferry::Ferry;
 use e2e::linux::{Kernel, Linux, LinuxConfig, console_path};
-use e2e::migration::Route;
+use e2e::migration::{Route, ensure_moved};
 use e2e::netns;
 use e2e::process::wait_for;
 use serde_json::{Value, json};
@@ -262,13 +262,9 @@ impl Scene {
         &self.linux.ferry
     }
 
-    /// Switches the guest off. A process that booted it ends by itself then; one that it came to does
-    /// not.
+    /// Switches the guest off.
     pub(crate) fn end(self) -> Result<()> {
-        match self.end {
-            0 => self.linux.power_off(),
-            _ => self.linux.switch_off(),
-        }
+        self.linux.power_off()
     }
 
     /// Moves the guest to a process of its own called `name`, at the other tap.
@@ -285,12 +281,7 @@ impl Scene {
         route.go(&self.linux.ferry)?;
         let status = self.linux.ferry.wait_migration(MIGRATION)?;
         let there = destination.wait_migration(MIGRATION)?;
-        ensure!(
-            phase_name(&status) == "done" && phase_name(&there) == "running",
-            "source: {status}\n{}\ndestination: {there}\n{}",
-            self.linux.ferry.last_words(),
-            destination.last_words()
-        );
+        ensure_moved((&self.linux.ferry, &status), (&destination, &there))?;
         println!(
             "moved: {} ms, downtime {} µs",
             status["elapsed_ms"], status["downtime"]["total"]
